@@ -1,0 +1,90 @@
+"""EngineConfig: what a user may set about one engine. Frozen; resolved once by `octavo.engine.build`.
+
+Names and defaults follow vLLM's engine arguments where the meaning is the same. Facts that are measured (the number of KV
+blocks) or read from the checkpoint (the context length) are not here: `build` returns them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from octavo.engine.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Policy = Literal["fcfs", "priority"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One replica's engine.
+
+    model: local Hugging Face folder, `.gguf` file, hub id, or the name of a preset in configs/models/.
+    tokenizer: a source of the same kinds for the tokenizer alone; None = the model's.
+    max_model_len: longest prompt + output in tokens; None = the model's own limit, lowered to what the KV pool holds.
+    num_gpu_blocks_override: exact number of KV blocks (on CPU too; the name is vLLM's).
+    kv_cache_memory_bytes: KV pool size; None = on GPU from gpu_memory_utilization, on CPU 4 GiB or a quarter of what is free.
+    max_num_batched_tokens: the token budget of a step. max_num_seqs: the most rows of a step.
+    max_num_queued_reqs: waiting requests beyond which new ones get CapacityError; None = no limit.
+    long_prefill_token_threshold: the most prompt tokens one sequence may compute in a step; 0 = only the token budget.
+    enable_chunked_prefill false: a prompt is computed in one step or waits.
+    async_scheduling: plan step N+1 while N runs.
+    load_format dummy: random weights, no checkpoint is read beyond its config.
+    kernels: force one kernel body ("ref", "cpu"); None = the best available.
+    """
+
+    model: str = "smollm2-135m"
+    tokenizer: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    dtype: DType = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_num_queued_reqs: int | None = None
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: Policy = "fcfs"
+    async_scheduling: bool = True
+    load_format: Literal["auto", "dummy"] = "auto"
+    kernels: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("max_model_len", self.max_model_len, 2)
+        _at_least("num_gpu_blocks_override", self.num_gpu_blocks_override, 2)
+        _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("max_num_queued_reqs", self.max_num_queued_reqs, 0)
+        _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        _one_of("load_format", self.load_format, ("auto", "dummy"))
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ConfigError(f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every running sequence can get a token each step."
+            )
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name} must be at least {low}, got {value}.")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")

@@ -1,0 +1,93 @@
+"""The one meeting point of core and runner: a StepPlan goes out, a StepResult comes back.
+
+Plans are diffs. A rank keeps, per slot, the sequence's tokens, block table and sampling state; a plan says what changed since the
+last one and which rows to compute. Plans are executed in the order of their `step_id`; a plan may be launched before the
+result of the one before it is known, so a row never carries the token it computes: it names the position, and the rank
+finds the token in its own buffer, where the step before has put it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.engine.params import SamplingParams
+from octavo.engine.types import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that enters a slot: admitted for the first time, forked, or resumed after preemption.
+
+    `token_ids`: all its known tokens (prompt, then generated ones). `blocks`: its block table at entry.
+    `seed`: 64-bit key of its draws, already unique to the sequence. `stop_token_ids`: every token that would end it
+    (the model's end tokens unless ignored, and the request's), masked by the sampler until `params.min_tokens` are out.
+    """
+
+    slot: int
+    token_ids: tuple[int, ...]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    blocks: tuple[int, ...]
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sequence's part of a step: compute positions [start, start + num_tokens).
+
+    `write_from`: KV of positions below it is there already (shared or cached) and must not be written.
+    `samples`: the row reaches the newest token, so a token is drawn from its last position; it is stored as the token
+    at position start + num_tokens. `prompt_logprobs`: the number of top candidates to return for each of the row's
+    positions that predicts a prompt token; None = none.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    write_from: int
+    samples: bool
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step, as every rank of the replica executes it, in the order of the fields.
+
+    `released`: slots whose sequence left. `new`: sequences entering slots. `table_edits`: (slot, index, block) sets one
+    block table entry. `copies`: (source, destination) blocks, copied in all layers before the forward (copy-on-write).
+    `rows`: in ascending order of admission; those of one token are not grouped, a runner may reorder for itself.
+    """
+
+    step_id: int
+    released: tuple[int, ...]
+    new: tuple[NewSequence, ...]
+    table_edits: tuple[tuple[int, int, int], ...]
+    copies: tuple[tuple[int, int], ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row brought: 0, 1 or n tokens, with a TokenLogprobs per token where they were asked for.
+
+    `prompt_logprobs[i]` belongs to the prompt token at position row.start + 1 + i.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Results in the order of the plan's rows. `seconds`: how long the ranks worked on the step."""
+
+    step_id: int
+    rows: tuple[RowResult, ...]
+    seconds: float = 0.0

@@ -1,0 +1,158 @@
+"""SamplingParams: what a client may ask of the sampler, with vLLM's names, defaults and ranges.
+
+Knows the meaning and the valid range of every field. Does not know tokenizers or tensors: fields that hold text (`stop`,
+`bad_words`) are turned into tokens, or checked against text, by `octavo.engine.text`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from octavo.engine.errors import RequestError
+
+MAX_SEED = 2**63 - 1
+# Below this, 1/temperature overflows half precision; vLLM uses the same floor.
+MIN_TEMPERATURE = 1e-2
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are drawn and when they end.
+
+    temperature 0 is greedy. `top_k` 0 or -1 keeps all tokens. `seed` None means: the engine draws one, once.
+    `logprobs` k returns the k most likely tokens' log probabilities and the drawn token's (k = 0: only the drawn one's;
+    -1: the whole vocabulary), taken from the raw logits, before temperature, penalties and masks. `prompt_logprobs`
+    likewise for the prompt. `max_tokens` None means: up to the model's context.
+
+    Raises RequestError, naming the field, for a value out of range.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    skip_reading_prefix_cache: bool | None = None
+
+    def __post_init__(self) -> None:
+        normalize = object.__setattr__  # a frozen value is normalised once, here, before anybody has seen it
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        normalize(self, "stop", stop)
+        normalize(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None and not isinstance(self.allowed_token_ids, tuple):
+            normalize(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        normalize(self, "allowed_token_ids", self.allowed_token_ids or ())
+        normalize(self, "bad_words", tuple(self.bad_words or ()))
+        if self.top_k == -1:
+            normalize(self, "top_k", 0)
+        if self.seed == -1:
+            normalize(self, "seed", None)
+        normalize(self, "logit_bias", _bias(self.logit_bias))
+        self._check()
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            normalize(self, "temperature", MIN_TEMPERATURE)
+
+    def _check(self) -> None:
+        _integer("n", self.n, 1, 1024)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _integer("top_k", self.top_k, 0, None)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, None)
+        _integer("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", "min_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), -1, None)
+        if self.temperature == 0 and self.n > 1:
+            raise RequestError("n must be 1 when temperature is 0: all samples would be equal.", "n")
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            raise RequestError("stop must hold non-empty strings.", "stop")
+        if any(not isinstance(s, str) or not s.strip() for s in self.bad_words):
+            raise RequestError("bad_words must hold non-empty strings.", "bad_words")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token in getattr(self, name):
+                _integer(name, token, 0, None)
+        if self.stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=true.", "stop")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise RequestError if a token id named here is outside [0, vocab_size)."""
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(self, name):
+                if token >= vocab_size:
+                    raise RequestError(f"{name}: token id {token} is not below the vocabulary size {vocab_size}.", name)
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with `changes`, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def _bias(value: Any) -> dict[int, float]:
+    """OpenAI sends logit_bias as {"token id as text": bias}; accept that and {int: float}, clamp as vLLM does."""
+    if not value:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError("logit_bias must map token ids to numbers.", "logit_bias")
+    result: dict[int, float] = {}
+    for key, bias in value.items():
+        try:
+            token = int(key)
+        except (TypeError, ValueError):
+            raise RequestError(f"logit_bias: {key!r} is not a token id.", "logit_bias") from None
+        if token < 0 or isinstance(bias, bool) or not isinstance(bias, (int, float)) or math.isnan(bias):
+            raise RequestError(f"logit_bias: {key!r}: {bias!r} is not a token id and a number.", "logit_bias")
+        result[token] = min(100.0, max(-100.0, float(bias)))
+    return result
+
+
+def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value > high or value < low or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        raise RequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}.", name)
+
+
+def _integer(name: str, value: Any, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        limit = f"between {low} and {high}" if high is not None else f"at least {low}"
+        raise RequestError(f"{name} must be an integer of {limit}, got {value!r}.", name)

@@ -1,0 +1,142 @@
+"""What crosses the engine's boundary: requests in, token deltas out, and the vLLM-shaped results users see.
+
+Plain values. No torch, no tokenizer, no HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from octavo.engine.params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Tokens in: one client request as the engine core takes it.
+
+    `params.seed` is resolved (never None) by whoever made the request, so that a resubmission draws the same tokens.
+    `bad_words_token_ids` are the token sequences that `params.bad_words` stand for.
+    `arrival_time` is seconds on the maker's monotonic clock; the core only subtracts it from its own clock's values.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0  # lower is served first
+    cache_salt: str | None = None
+    arrival_time: float = 0.0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position, from the raw logits.
+
+    `token_ids[0]` is the token that stands there (drawn, or of the prompt); the rest are the most likely ones in
+    descending order. `rank` is the first one's rank, 1 = most likely. The drawn token may occur again in the rest.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """Tokens out: what one step added to one sequence of a request.
+
+    `index` is the sequence's number within the request (0 … n-1). `token_ids` may be empty (an abort). When
+    `finish_reason` is set, no further delta with that (request_id, index) follows. `stop_reason` is the stop token id
+    that ended it (None for the model's own end token, as in vLLM). `prompt_logprobs` (first delta of index 0 only) has
+    one entry per prompt token, the first None. `error` explains finish_reason "error".
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the core, and its counters since start. Times in seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_tokens: int = 0  # prompt tokens not yet computed of waiting requests
+    kv_blocks_total: int = 0
+    kv_blocks_held: int = 0
+    kv_blocks_cached: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0  # computed or found in the cache
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    preemptions: int = 0
+    last_step_at: float = 0.0  # clock of the newest finished step
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of the KV pool that sequences hold, 0 … 1."""
+        return self.kv_blocks_held / self.kv_blocks_total if self.kv_blocks_total else 0.0
+
+
+@dataclass(slots=True)
+class Logprob:
+    """One candidate token, as users see it in `CompletionOutput.logprobs`."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sequence of a request, so far."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times on one monotonic clock, in seconds; None until it happened."""
+
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What `LLM.generate` returns and `AsyncLLM.generate` yields; vLLM's shape."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)

@@ -1,0 +1,142 @@
+"""The ops: signatures, shapes and contracts, and the choice of a body for each.
+
+Knows tensors and ints. Does not know sequences, configs, models or ranks. `ref/` is the definition of every op; another body must
+match it within the tolerance stated in tests/kernels. The choice is made once, when an engine is built, by `select`.
+
+Shapes: T tokens of the step (packed), S sequences, NB blocks in the pool, BS slots per block, MB block table width, Hq / Hkv heads,
+D head size, M model width, F FFN width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where each sequence's tokens and KV are in this step. Made once per step, read by every layer.
+
+    block_tables: [S, MB] int32, unused entries 0.
+    query_start:  [S + 1] int32, first token of each sequence in the packed T; query_start[S] = T.
+    context_lens: [S] int32, KV length of each sequence including this step's tokens; the sequence's queries are the last
+                  query_start[s+1] - query_start[s] positions of it. Never 0.
+    slot_mapping: [T] int64, block * BS + offset where the token's KV goes, -1 = do not write.
+    max_query_len, max_context_len: maxima over the step.
+    """
+
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    context_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+
+
+class WriteKV(Protocol):
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store key, value [T, Hkv, D] into the caches [NB, Hkv, BS, D] at slot_mapping [T]; -1 skips. In place."""
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of the step's queries over the KV in their blocks.
+
+        query: [T, Hq, D]; caches: [NB, Hkv, BS, D], this step's KV already written. Returns [T, Hq, D], dtype of query.
+        Query head h reads KV head h // (Hq // Hkv). `window` w: position p sees (p - w, p], that is w positions
+        with itself. `soft_cap` c: scores become c * tanh(score / c), after scaling, before the mask. Softmax in float32.
+        """
+
+
+class CopyBlocks(Protocol):
+    def __call__(self, key_cache: torch.Tensor, value_cache: torch.Tensor, pairs: torch.Tensor) -> None:
+        """Copy whole blocks. pairs: [N, 2] int64 (source, destination); no block is both. In place."""
+
+
+class RMSNorm(Protocol):
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [..., M] / rms(x) * weight [M], computed in float32, returned in x's dtype. weight may be float32."""
+
+
+class AddRMSNorm(Protocol):
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual). May overwrite both inputs."""
+
+
+class Rotary(Protocol):
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate the first R of D components of query [T, Hq, D] and key [T, Hkv, D], half-split ("NeoX") pairing:
+        component i pairs with i + R/2. positions: [T] int64. cos_sin: [P, R] float32, cos in the first R/2 columns,
+        sin in the last. Computed in float32. May work in place; use the result."""
+
+
+class GatedActivation(Protocol):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, 2F] = (gate, up) → act(gate) * up: [T, F]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One body per op, chosen by `select`; handed to layers when a model is built."""
+
+    write_kv: WriteKV
+    paged_attention: PagedAttention
+    copy_blocks: CopyBlocks
+    rms_norm: RMSNorm
+    add_rms_norm: AddRMSNorm
+    rotary: Rotary
+    silu_and_mul: GatedActivation
+    gelu_tanh_and_mul: GatedActivation
+    bodies: tuple[tuple[str, str], ...] = ()  # (op, body) as chosen, for the start-up table
+
+
+# A body is a module with functions of the ops' names; it may leave ops out. `available()` says whether it can run here.
+BODIES: dict[str, tuple[str, ...]] = {
+    "cpu": ("octavo.kernels.cpu", "octavo.kernels.ref"),
+    "cuda": ("octavo.kernels.ref",),
+}
+
+
+def select(device: torch.device, dtype: torch.dtype, force: str | None = None) -> Ops:
+    """Choose a body for every op. `force` names one body ("ref", "cpu"): it is tried first, `ref` fills its gaps."""
+    modules = BODIES.get(device.type, ("octavo.kernels.ref",))
+    if force is not None:
+        modules = (f"octavo.kernels.{force}", "octavo.kernels.ref")
+    chosen: dict[str, Callable[..., object]] = {}
+    names: list[tuple[str, str]] = []
+    for op in (f.name for f in fields(Ops) if f.name != "bodies"):
+        for name in modules:
+            module = importlib.import_module(name)
+            if module.available(device, dtype) and hasattr(module, op):
+                chosen[op] = getattr(module, op)
+                names.append((op, name.rsplit(".", 1)[-1]))
+                break
+    log.debug("kernel bodies: %s", names)
+    return Ops(**chosen, bodies=tuple(names))  # type: ignore[arg-type]
