@@ -1,0 +1,25 @@
+"""The definition of every op of `octavo.kernels.ops`, in plain torch. Runs on any device and dtype."""
+
+import torch
+from octavo.kernels.ref.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.ref.attention import paged_attention
+from octavo.kernels.ref.cache import copy_blocks, write_kv
+from octavo.kernels.ref.norm import add_rms_norm, rms_norm
+from octavo.kernels.ref.rotary import rotary
+
+__all__ = [
+    "add_rms_norm",
+    "available",
+    "copy_blocks",
+    "gelu_tanh_and_mul",
+    "paged_attention",
+    "rms_norm",
+    "rotary",
+    "silu_and_mul",
+    "write_kv",
+]
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Plain torch runs everywhere."""
+    return True
