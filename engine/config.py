@@ -1,7 +1,7 @@
 """EngineConfig: what a user may set about one engine. Frozen; resolved once by `octavo.engine.build`.
 
-Names and defaults follow vLLM's engine arguments where the meaning is the same. Facts that are measured (the number of KV
-blocks) or read from the checkpoint (the context length) are not here: `build` returns them.
+Names and defaults follow vLLM's engine arguments where the meaning is the same. Facts that are measured (the number of
+KV blocks) or read from the checkpoint (the context length) are not here: `build` returns them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class EngineConfig:
     tokenizer: a source of the same kinds for the tokenizer alone; None = the model's.
     max_model_len: longest prompt + output in tokens; None = the model's own limit, lowered to what the KV pool holds.
     num_gpu_blocks_override: exact number of KV blocks (on CPU too; the name is vLLM's).
-    kv_cache_memory_bytes: KV pool size; None = on GPU from gpu_memory_utilization, on CPU 4 GiB or a quarter of what is free.
+    kv_cache_memory_bytes: KV pool size; None = on GPU from gpu_memory_utilization, on CPU 4 GiB or, if less, a quarter
+        of the free memory.
     max_num_batched_tokens: the token budget of a step. max_num_seqs: the most rows of a step.
     max_num_queued_reqs: waiting requests beyond which new ones get CapacityError; None = no limit.
     long_prefill_token_threshold: the most prompt tokens one sequence may compute in a step; 0 = only the token budget.

@@ -1,7 +1,7 @@
 """SamplingParams: what a client may ask of the sampler, with vLLM's names, defaults and ranges.
 
-Knows the meaning and the valid range of every field. Does not know tokenizers or tensors: fields that hold text (`stop`,
-`bad_words`) are turned into tokens, or checked against text, by `octavo.engine.text`.
+Knows the meaning and the valid range of every field. Does not know tokenizers or tensors: fields that hold text
+(`stop`, `bad_words`) are turned into tokens, or checked against text, by `octavo.engine.text`.
 """
 
 from __future__ import annotations

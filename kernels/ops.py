@@ -1,10 +1,11 @@
 """The ops: signatures, shapes and contracts, and the choice of a body for each.
 
-Knows tensors and ints. Does not know sequences, configs, models or ranks. `ref/` is the definition of every op; another body must
-match it within the tolerance stated in tests/kernels. The choice is made once, when an engine is built, by `select`.
+Knows tensors and ints. Does not know sequences, configs, models or ranks. `ref/` is the definition of every op; another
+body must match it within the tolerance stated in tests/kernels. The choice is made once, when an engine is built, by
+`select`.
 
-Shapes: T tokens of the step (packed), S sequences, NB blocks in the pool, BS slots per block, MB block table width, Hq / Hkv heads,
-D head size, M model width, F FFN width.
+Shapes: T tokens of the step (packed), S sequences, NB blocks in the pool, BS slots per block, MB block table width,
+Hq / Hkv heads, D head size, M model width, F FFN width.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class AttentionBatch:
 
     block_tables: [S, MB] int32, unused entries 0.
     query_start:  [S + 1] int32, first token of each sequence in the packed T; query_start[S] = T.
-    context_lens: [S] int32, KV length of each sequence including this step's tokens; the sequence's queries are the last
-                  query_start[s+1] - query_start[s] positions of it. Never 0.
+    context_lens: [S] int32, KV length of each sequence including this step's tokens; the sequence's queries are the
+                  last query_start[s+1] - query_start[s] positions of it. Never 0.
     slot_mapping: [T] int64, block * BS + offset where the token's KV goes, -1 = do not write.
     max_query_len, max_context_len: maxima over the step.
     """
@@ -67,7 +68,8 @@ class PagedAttention(Protocol):
 
         query: [T, Hq, D]; caches: [NB, Hkv, BS, D], this step's KV already written. Returns [T, Hq, D], dtype of query.
         Query head h reads KV head h // (Hq // Hkv). `window` w: position p sees (p - w, p], that is w positions
-        with itself. `soft_cap` c: scores become c * tanh(score / c), after scaling, before the mask. Softmax in float32.
+        with itself. `soft_cap` c: scores become c * tanh(score / c), after scaling, before the mask. Softmax in
+        float32.
         """
 
 

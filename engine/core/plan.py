@@ -1,9 +1,9 @@
 """The one meeting point of core and runner: a StepPlan goes out, a StepResult comes back.
 
-Plans are diffs. A rank keeps, per slot, the sequence's tokens, block table and sampling state; a plan says what changed since the
-last one and which rows to compute. Plans are executed in the order of their `step_id`; a plan may be launched before the
-result of the one before it is known, so a row never carries the token it computes: it names the position, and the rank
-finds the token in its own buffer, where the step before has put it.
+Plans are diffs. A rank keeps, per slot, the sequence's tokens, block table and sampling state; a plan says what changed
+since the last one and which rows to compute. Plans are executed in the order of their `step_id`. A plan may be launched
+before the result of the one before it is known, so a row never carries the token it computes: it names the position, and
+the rank finds the token in its own buffer, where the step before has put it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from octavo.engine.types import TokenLogprobs
 class NewSequence:
     """A sequence that enters a slot: admitted for the first time, forked, or resumed after preemption.
 
-    `token_ids`: all its known tokens (prompt, then generated ones). `blocks`: its block table at entry.
+    `token_ids`: all its known tokens (prompt, then generated ones). `blocks`: the block table's beginning,
+    which others have computed; `table_edits` of the same plan append to it.
     `seed`: 64-bit key of its draws, already unique to the sequence. `stop_token_ids`: every token that would end it
     (the model's end tokens unless ignored, and the request's), masked by the sampler until `params.min_tokens` are out.
     """
@@ -57,7 +58,7 @@ class StepPlan:
 
     `released`: slots whose sequence left. `new`: sequences entering slots. `table_edits`: (slot, index, block) sets one
     block table entry. `copies`: (source, destination) blocks, copied in all layers before the forward (copy-on-write).
-    `rows`: in ascending order of admission; those of one token are not grouped, a runner may reorder for itself.
+    `rows`: in the order of the policy, at most one per slot; results come back in the same order.
     """
 
     step_id: int
@@ -76,12 +77,14 @@ class StepPlan:
 class RowResult:
     """What one row brought: 0, 1 or n tokens, with a TokenLogprobs per token where they were asked for.
 
-    `prompt_logprobs[i]` belongs to the prompt token at position row.start + 1 + i.
+    `prompt_logprobs[i]` belongs to the prompt token at position row.start + 1 + i. `error`: no token could be drawn
+    (the model's logits are not finite); the sequence ends with it.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

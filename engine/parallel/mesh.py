@@ -1,7 +1,7 @@
 """The rank layout of one replica, as an immutable value.
 
-Layers receive a Mesh and ask its groups; nobody else does rank arithmetic. A group of size 1 is the identity, so a laptop
-and a node of GPUs run one code path.
+Layers receive a Mesh and ask its groups; nobody else does rank arithmetic. A group of size 1 is the identity, so a
+laptop and a node of GPUs run one code path.
 """
 
 from __future__ import annotations

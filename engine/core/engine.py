@@ -1,0 +1,77 @@
+"""EngineCore: the step loop of one replica, schedule → launch → collect → commit.
+
+Knows the scheduler and a process that executes plans. Does not know how a plan is executed, nor text, HTTP or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.core.scheduler import Scheduler
+from octavo.engine.errors import StepError
+from octavo.engine.types import EngineStats, Request, TokenDelta
+
+
+class Process(Protocol):
+    """Executes plans on every rank of the replica, in the order of launch."""
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start executing; returns at once. Never raises for what goes wrong in the step: `collect` does."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest launched step. Raises StepError (that step failed) or RankLost (the replica is gone)."""
+
+    def close(self) -> None:
+        """Stop the ranks and free what they hold."""
+
+
+class EngineCore:
+    """One request in, token deltas out. Called from one thread.
+
+    `lag` is the number of steps that may be in flight when a plan is made: 1 plans step N+1 while N runs, 0 waits.
+    """
+
+    def __init__(self, scheduler: Scheduler, process: Process, clock: Callable[[], float], lag: int = 1) -> None:
+        self.scheduler = scheduler
+        self.process = process
+        self.clock = clock
+        self._lag = lag
+        self._in_flight = 0
+        self._last_step_at = clock()
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError or CapacityError."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> list[TokenDelta]:
+        """End a request now: its blocks are free before the next step is planned."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._in_flight > 0
+
+    def step(self) -> list[TokenDelta]:
+        """One turn of the loop. Returns what became known; often that of the step before the one just launched."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.process.launch(plan)
+            self._in_flight += 1
+        if self._in_flight == 0 or (plan is not None and self._in_flight <= self._lag):
+            return []
+        self._in_flight -= 1
+        try:
+            deltas = self.scheduler.commit(self.process.collect())
+        except StepError as error:
+            deltas = self.scheduler.fail(str(error))
+        self._last_step_at = self.clock()
+        return deltas
+
+    def stats(self) -> EngineStats:
+        return replace(self.scheduler.stats(), last_step_at=self._last_step_at)
+
+    def close(self) -> None:
+        self.process.close()

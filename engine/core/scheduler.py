@@ -1,0 +1,460 @@
+"""Scheduler: which tokens of which sequences the next step computes, and what its result means.
+
+Knows sequences, blocks, slots and budgets. Does not know tensors, text, time or transport. Deterministic: the same calls
+give the same plans. One rule covers prefill, chunks, decode, prefix hits and recompute: a sequence has `num_computed` of
+`num_total` tokens, and a step lets it catch up within the token budget (the rule is vLLM v1's).
+
+A plan may be made while earlier ones still run: tokens that are drawn but not yet known are counted as pending. Whatever
+is freed here may be handed out again in the next plan, because ranks execute plans in order.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from octavo.engine.core.blocks import BlockPool
+from octavo.engine.core.budgets import Budget
+from octavo.engine.core.plan import NewSequence, Row, RowResult, StepPlan, StepResult
+from octavo.engine.core.policy import policy
+from octavo.engine.core.queue import WaitingQueue
+from octavo.engine.core.seeds import sequence_seed
+from octavo.engine.core.sequence import Sequence, State
+from octavo.engine.errors import CapacityError, RequestError
+from octavo.engine.params import MAX_LOGPROBS
+from octavo.engine.types import EngineStats, FinishReason, Request, TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the scheduler must know of the model and the configuration (see EngineConfig for the meaning)."""
+
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    max_num_queued_reqs: int | None = None
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A StepPlan in the making."""
+
+    step_id: int
+    new: list[NewSequence] = field(default_factory=list)
+    table_edits: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)  # of the rows
+
+
+class Scheduler:
+    """Owns all sequences and the block pool of one replica. Called from one thread."""
+
+    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.running: list[Sequence] = []  # in the policy's order
+        self._waiting = WaitingQueue()
+        self._requests: dict[str, list[Sequence]] = {}
+        self._launched: deque[_Draft] = deque()
+        self._key = policy(limits.scheduling_policy)
+        self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._released: list[int] = []  # slots whose sequence left since the last plan
+        self._step = 0
+        self._order = 0
+        self._num_waiting = 0
+        self._waiting_tokens = 0
+        self._counters = dict.fromkeys(
+            ("steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions"), 0
+        )
+
+    # ── requests in and out ───────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if it can never run, CapacityError if the queue is full."""
+        self.check(request)
+        max_queued = self.limits.max_num_queued_reqs
+        if max_queued is not None and self._num_waiting > 0 and self._num_waiting >= max_queued:
+            raise CapacityError(f"The queue is full: {self._num_waiting} sequences wait, the limit is {max_queued}.")
+        params = request.params
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops.update(self.limits.eos_token_ids)
+        num_prompt = len(request.prompt_token_ids)
+        longest = self.limits.max_model_len
+        max_total = longest if params.max_tokens is None else min(longest, num_prompt + params.max_tokens)
+        sequences: list[Sequence] = []
+        for index in range(params.n):
+            self._order += 1
+            key = self._key(request.priority, self._step, self._order)
+            seed = sequence_seed(params.seed or 0, index)
+            leader = sequences[0] if sequences else None
+            sequences.append(Sequence(request, index, key, seed, max_total, frozenset(stops), leader))
+        sequences[0].held_back = sequences[1:]
+        self._requests[request.request_id] = sequences
+        for sequence in sequences:
+            self._count_waiting(sequence, +1)
+        self._waiting.push(sequences[0])
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError if the request can never run here."""
+        limits, params, prompt = self.limits, request.params, request.prompt_token_ids
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id {request.request_id!r} is in use by a running request.", "request_id")
+        if not prompt:
+            raise RequestError("The prompt is empty: at least one token is needed.", "prompt")
+        if len(prompt) >= limits.max_model_len:
+            raise RequestError(
+                f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len} "
+                f"(prompt and output together).",
+                "prompt",
+            )
+        if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+            raise RequestError(f"The prompt has a token id outside of 0 … {limits.vocab_size - 1}.", "prompt")
+        params.check_vocab(limits.vocab_size)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and value > MAX_LOGPROBS:
+                raise RequestError(f"{name} must be at most {MAX_LOGPROBS} (or -1 for all), got {value}.", name)
+
+    def abort(self, request_id: str) -> list[TokenDelta]:
+        """End all sequences of a request; their blocks are free at once. Unknown ids are ignored."""
+        return [
+            self._finished_delta(sequence, "abort")
+            for sequence in list(self._requests.get(request_id, ()))
+            if sequence.state is not State.FINISHED
+        ]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=self._num_waiting,
+            waiting_tokens=self._waiting_tokens,
+            kv_blocks_total=self.pool.total,
+            kv_blocks_held=self.pool.num_held,
+            kv_blocks_cached=self.pool.num_cached,
+            **self._counters,
+        )
+
+    # ── a step is planned ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None if nothing can be computed before a result comes in (or at all)."""
+        self._step += 1
+        draft = _Draft(self._step)
+        tokens = Budget(self.limits.max_num_batched_tokens)
+        if not self._continue_running(draft, tokens):
+            self._admit_waiting(draft, tokens)
+        if not draft.rows:
+            return None
+        plan = StepPlan(
+            step_id=draft.step_id,
+            released=tuple(self._released),
+            new=tuple(draft.new),
+            table_edits=tuple(draft.table_edits),
+            copies=tuple(draft.copies),
+            rows=tuple(draft.rows),
+        )
+        self._released.clear()
+        self._launched.append(draft)
+        return plan
+
+    def _continue_running(self, draft: _Draft, tokens: Budget) -> bool:
+        """Let running sequences catch up, in order. Returns whether any had to be preempted."""
+        preempted = False
+        later = sum(sequence.wants_step for sequence in self.running)  # each of these is left one token
+        position = 0
+        while position < len(self.running):
+            sequence = self.running[position]
+            position += 1
+            if not sequence.wants_step:
+                continue
+            later -= 1
+            count = self._chunk(sequence.num_total - sequence.num_computed, tokens.left - later)
+            while count and not self._extend(sequence, count, draft):
+                # The last in the policy's order gives way. It has no row in this draft: rows are made in the same order.
+                victim = self.running.pop()
+                later -= victim is not sequence and victim.wants_step
+                self._preempt(victim)
+                preempted = True
+                if victim is sequence:
+                    count = 0
+            if count:
+                self._add_row(sequence, count, draft, tokens)
+        return preempted
+
+    def _admit_waiting(self, draft: _Draft, tokens: Budget) -> None:
+        """Admit waiting sequences in order until one does not fit: nobody overtakes it, so it cannot starve."""
+        blocks = Budget(max(0, self.pool.available - self._promised_blocks()))
+        not_yet: list[Sequence] = []
+        while tokens.left and self._slots and (sequence := self._waiting.pop()) is not None:
+            if (
+                sequence.num_pending
+            ):  # preempted with a token in flight: it must be known before it is sent to a slot again
+                not_yet.append(sequence)
+                continue
+            if not self._admit(sequence, draft, tokens, blocks):
+                not_yet.append(sequence)
+                break
+        for sequence in not_yet:
+            self._waiting.push(sequence)
+
+    def _admit(self, sequence: Sequence, draft: _Draft, tokens: Budget, blocks: Budget) -> bool:
+        """Give the sequence a slot, the blocks others have for it, and a first row, if all of its prompt fits."""
+        shared, num_kv = self._existing_blocks(sequence)
+        known = len(sequence.tokens)
+        count = self._chunk(known - min(num_kv, known - 1), tokens.left)
+        copy_on_write = num_kv % self.limits.block_size != 0
+        fresh = self._blocks_for(known) - len(shared) + copy_on_write
+        wanted = fresh + sum(self.pool.is_cached(block) for block in shared)
+        # Some room is kept for those who run, lest the newcomer be preempted at once.
+        reserve = min(len(self.running), self.pool.total // 64)
+        if not count or not blocks.fits(wanted + reserve):
+            return False
+        blocks.take(wanted)
+        self.pool.share(shared)
+        sequence.enter(list(shared), num_kv, num_kv // self.limits.block_size)
+        sequence.slot = self._slots.pop()
+        self._count_waiting(sequence, -1)
+        insort(self.running, sequence, key=lambda s: s.key)
+        if not sequence.admitted:
+            sequence.admitted = True
+            sequence.num_cached = num_kv
+            if sequence.leader is None:
+                self._counters["prefix_queries"] += known
+                self._counters["prefix_hits"] += num_kv
+                self._counters["prompt_tokens"] += known
+        extended = self._extend(sequence, count, draft)
+        assert extended, f"{wanted} blocks were promised of {self.pool.available}"
+        draft.new.append(
+            NewSequence(
+                slot=sequence.slot,
+                token_ids=tuple(sequence.tokens),
+                num_prompt=sequence.num_prompt,
+                params=sequence.request.params,
+                seed=sequence.seed,
+                blocks=tuple(shared),
+                stop_token_ids=tuple(sorted(sequence.stop_token_ids)),
+                bad_words_token_ids=sequence.request.bad_words_token_ids,
+            )
+        )
+        self._add_row(sequence, count, draft, tokens)
+        return True
+
+    def _existing_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Blocks that hold the KV of the sequence's beginning, and how many positions that is."""
+        leader = sequence.leader
+        prompt_is_there = leader is not None and len(leader.blocks) > 0 and leader.num_computed >= leader.num_prompt
+        if leader is not None and prompt_is_there and sequence.num_output == 0:
+            return leader.blocks[: self._blocks_for(leader.num_prompt)], leader.num_prompt
+        found: list[int] = []
+        if sequence.reads_cache:
+            for name in sequence.block_names(self.limits.block_size):
+                block = self.pool.find(name)
+                if block is None:
+                    break
+                found.append(block)
+        return found, len(found) * self.limits.block_size
+
+    def _add_row(self, sequence: Sequence, count: int, draft: _Draft, tokens: Budget) -> None:
+        tokens.take(count)
+        start = sequence.num_computed
+        samples = start + count == sequence.num_total
+        wants_prompt = sequence.prompt_logprobs is not None and start < sequence.num_prompt - 1
+        draft.rows.append(
+            Row(
+                slot=sequence.slot,
+                start=start,
+                num_tokens=count,
+                write_from=sequence.kv_from,
+                samples=samples,
+                prompt_logprobs=sequence.request.params.prompt_logprobs if wants_prompt else None,
+            )
+        )
+        draft.sequences.append(sequence)
+        sequence.num_computed += count
+        sequence.num_pending += samples
+        self._name_blocks(sequence)
+        if sequence.held_back and sequence.num_computed >= sequence.num_prompt:
+            for sample in sequence.held_back:
+                sample.state = State.WAITING
+                self._waiting.push(sample)
+            sequence.held_back = []
+
+    def _extend(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
+        """Give the sequence blocks for `count` more positions, all of them its own to write; False = too few are left."""
+        size = self.limits.block_size
+        end = sequence.num_computed + count
+        grow = max(0, self._blocks_for(end) - len(sequence.blocks))
+        first_write = max(sequence.num_computed, sequence.kv_from)
+        at = first_write // size
+        copy = first_write < end and at < len(sequence.blocks) and not self.pool.writable(sequence.blocks[at])
+        if grow + copy > self.pool.available:
+            return False
+        taken = self.pool.take(grow + copy)
+        if copy:
+            source, own = sequence.blocks[at], taken.pop()
+            draft.copies.append((source, own))
+            sequence.blocks[at] = own
+            self.pool.release([source])
+            draft.table_edits.append((sequence.slot, at, own))
+        for block in taken:
+            draft.table_edits.append((sequence.slot, len(sequence.blocks), block))
+            sequence.blocks.append(block)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks and slot; it waits again, in its old place, and recomputes."""
+        self._give_back(sequence)
+        sequence.reset()
+        self._count_waiting(sequence, +1)
+        self._counters["preemptions"] += 1
+        self._waiting.push(sequence)
+
+    # ── a result comes in ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def commit(self, result: StepResult) -> list[TokenDelta]:
+        """Take the oldest launched step's result: tokens become known, sequences end."""
+        draft = self._launched.popleft()
+        assert draft.step_id == result.step_id, f"result of step {result.step_id}, expected {draft.step_id}"
+        assert len(draft.rows) == len(result.rows), f"{len(result.rows)} results for {len(draft.rows)} rows"
+        self._counters["steps"] += 1
+        deltas = []
+        for sequence, row, got in zip(draft.sequences, draft.rows, result.rows, strict=True):
+            if sequence.state is State.FINISHED:
+                continue  # ended after this step was planned: its tokens are surplus
+            sequence.num_pending -= row.samples
+            if sequence.prompt_logprobs is not None:
+                at = row.start + 1
+                sequence.prompt_logprobs[at : at + len(got.prompt_logprobs)] = got.prompt_logprobs
+            if got.error is not None:
+                deltas.append(self._finished_delta(sequence, "error", error=got.error))
+            elif got.token_ids:
+                deltas.append(self._take_tokens(sequence, got))
+        return deltas
+
+    def fail(self, message: str) -> list[TokenDelta]:
+        """The oldest launched step failed: its sequences end with an error, the others go on."""
+        draft = self._launched.popleft()
+        self.pool.forget_names()  # blocks were named when they were planned, and may hold anything now
+        return [
+            self._finished_delta(sequence, "error", error=message)
+            for sequence in draft.sequences
+            if sequence.state is not State.FINISHED
+        ]
+
+    def _take_tokens(self, sequence: Sequence, got: RowResult) -> TokenDelta:
+        first = sequence.num_output == 0
+        count = 0
+        reason: FinishReason | None = None
+        stop_reason: int | None = None
+        for token in got.token_ids:
+            sequence.tokens.append(token)
+            count += 1
+            if token in sequence.stop_token_ids and sequence.num_output >= sequence.request.params.min_tokens:
+                reason = "stop"
+                own_stop = token not in self.limits.eos_token_ids or sequence.request.params.ignore_eos
+                stop_reason = token if own_stop else None
+            elif len(sequence.tokens) >= sequence.max_total:
+                reason = "length"
+            if reason:
+                break
+        self._counters["generation_tokens"] += count
+        self._name_blocks(sequence)
+        prompt_logprobs = sequence.prompt_logprobs if first else None
+        delta = TokenDelta(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            token_ids=got.token_ids[:count],
+            logprobs=got.logprobs[:count],
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached_tokens=sequence.num_cached,
+            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+        )
+        if reason:
+            self._finish(sequence, reason)
+        return delta
+
+    def _finished_delta(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:
+        self._finish(sequence, reason)
+        return TokenDelta(
+            sequence.request.request_id,
+            sequence.index,
+            (),
+            finish_reason=reason,
+            num_cached_tokens=sequence.num_cached,
+            error=error,
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self._count_waiting(sequence, -1)
+        sequence.state = State.FINISHED
+        sequence.finish_reason = reason
+        for sample in sequence.held_back:  # the leader ended early (an error): its prompt is theirs to compute
+            if sample.state is State.HELD_BACK:
+                sample.state = State.WAITING
+                self._waiting.push(sample)
+        sequence.held_back = []
+        request_id = sequence.request.request_id
+        if all(s.state is State.FINISHED for s in self._requests[request_id]):
+            del self._requests[request_id]
+
+    # ── small helpers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self._slots.append(sequence.slot)
+        self._released.append(sequence.slot)
+
+    def _name_blocks(self, sequence: Sequence) -> None:
+        """Make blocks findable that the plans made so far fill. Ranks execute in order, so the next row may read them."""
+        fresh = sequence.newly_full(self.limits.block_size)
+        if fresh:
+            names = sequence.block_names(self.limits.block_size)
+            for index in fresh:
+                self.pool.set_name(sequence.blocks[index], names[index])
+
+    def _chunk(self, remaining: int, left: int) -> int:
+        """How many of `remaining` tokens a row may compute within `left` tokens of budget."""
+        count = min(remaining, left)
+        if not self.limits.enable_chunked_prefill:
+            return count if count == remaining else 0
+        if self.limits.long_prefill_token_threshold:
+            count = min(count, self.limits.long_prefill_token_threshold)
+        return max(0, count)
+
+    def _blocks_for(self, positions: int) -> int:
+        return -(-positions // self.limits.block_size)
+
+    def _promised_blocks(self) -> int:
+        """Blocks that running sequences still need for tokens known today."""
+        return sum(max(0, self._blocks_for(len(s.tokens)) - len(s.blocks)) for s in self.running)
+
+    def _count_waiting(self, sequence: Sequence, change: int) -> None:
+        self._num_waiting += change
+        self._waiting_tokens += change * sequence.num_prompt
+
+
+def waste(sequences: Seq[Sequence], block_size: int) -> tuple[int, int]:
+    """(allocated but unused slots, allocated slots) of running sequences: the KV waste that paging is to keep low."""
+    allocated = sum(len(s.blocks) * block_size for s in sequences)
+    used = sum(min(s.num_computed, len(s.blocks) * block_size) for s in sequences)
+    return allocated - used, allocated

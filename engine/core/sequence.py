@@ -1,0 +1,150 @@
+"""Sequence: one token stream of a request, as the scheduler sees it.
+
+Three counters say all: `num_computed` positions have had their forward planned; `len(tokens)` tokens are known to the host;
+`num_pending` more were drawn, or will be, by steps in flight, and are known to the ranks alone. A sequence is to catch up
+with `num_total` = known + pending. There are no phases.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from octavo.engine.core.policy import Key
+from octavo.engine.core.prefix import next_name, root_name
+from octavo.engine.types import FinishReason, Request, TokenLogprobs
+
+
+class State(Enum):
+    HELD_BACK = "held back"  # a further sample of a request whose prompt is not computed yet
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Owned by the scheduler; nobody else changes it.
+
+    kv_from:    positions below it have their KV already (prefix hit or fork): they are not written again
+    blocks:     block table; covers num_computed positions, never a whole block more
+    names:      names of the leading full blocks whose tokens are known
+    slot:       place in the ranks' buffers while running, else -1
+    leader:     the first sample of the request, whose prompt blocks this one may share; None for that sample itself
+    held_back:  of a leader: the samples that wait until its prompt is computed
+    num_cached: prompt tokens whose KV was there at the first admission
+    """
+
+    __slots__ = (
+        "_named",
+        "admitted",
+        "blocks",
+        "finish_reason",
+        "held_back",
+        "index",
+        "key",
+        "kv_from",
+        "leader",
+        "max_total",
+        "names",
+        "num_cached",
+        "num_computed",
+        "num_pending",
+        "num_prompt",
+        "prompt_logprobs",
+        "request",
+        "seed",
+        "slot",
+        "state",
+        "stop_token_ids",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        key: Key,
+        seed: int,
+        max_total: int,
+        stop_token_ids: frozenset[int],
+        leader: Sequence | None = None,
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.key = key
+        self.seed = seed
+        self.max_total = max_total
+        self.stop_token_ids = stop_token_ids
+        self.leader = leader
+        self.held_back: list[Sequence] = []
+        self.state = State.WAITING if leader is None else State.HELD_BACK
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.num_pending = 0
+        self.kv_from = 0
+        self.blocks: list[int] = []
+        self.names: list[bytes] = []
+        self._named = 0
+        self.slot = -1
+        self.admitted = False
+        self.num_cached = 0
+        self.finish_reason: FinishReason | None = None
+        wanted = request.params.prompt_logprobs is not None and index == 0
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] * self.num_prompt if wanted else None
+
+    @property
+    def num_total(self) -> int:
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether another position can be computed. At max_total the last token is drawn already, known or pending."""
+        return self.num_computed < self.num_total < self.max_total
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether prefix hits may be used. Log probabilities of the prompt need its hidden states, so not for them."""
+        skip = self.request.params.skip_reading_prefix_cache
+        if skip is None:
+            skip = self.prompt_logprobs is not None and self.num_output == 0
+        return not skip
+
+    def block_names(self, block_size: int) -> list[bytes]:
+        """Names of all full blocks of known tokens. Each is computed once in the sequence's life."""
+        names = self.names
+        parent = names[-1] if names else root_name(self.request.cache_salt)
+        for start in range(len(names) * block_size, len(self.tokens) - block_size + 1, block_size):
+            parent = next_name(parent, self.tokens[start : start + block_size])
+            names.append(parent)
+        return names
+
+    def newly_full(self, block_size: int) -> range:
+        """Indices of blocks that are computed, known, and were not returned before (since the last `reset`)."""
+        full = min(self.num_computed, len(self.tokens)) // block_size
+        fresh = range(self._named, full)
+        self._named = max(self._named, full)
+        return fresh
+
+    def enter(self, blocks: list[int], num_kv: int, num_shared_full: int) -> None:
+        """Start computing with `blocks` that hold the KV of the first `num_kv` positions.
+
+        The newest token is always computed, even when its KV is there: its logits are needed.
+        """
+        self.blocks = blocks
+        self.kv_from = num_kv
+        self.num_computed = min(num_kv, len(self.tokens) - 1)
+        self._named = num_shared_full
+        self.state = State.RUNNING
+
+    def reset(self) -> None:
+        """Forget what is computed (preemption): blocks and slot were given back by the caller."""
+        self.blocks = []
+        self.num_computed = 0
+        self.kv_from = 0
+        self._named = 0
+        self.slot = -1
+        self.state = State.WAITING

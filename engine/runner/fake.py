@@ -1,0 +1,179 @@
+"""FakeRunner: stands in for a model wherever the core, the server or a cluster is run without one. No torch.
+
+Its next token is a function of all tokens before it, so a wrong token anywhere changes everything after. It also keeps a
+shadow of the KV pool: each slot remembers which prefix its KV was computed from, and with `verify` every row checks that
+what its block table leads to is its own prefix. A scheduling or block fault thus shows as an AssertionError, not as noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
+from octavo.engine.params import SamplingParams
+from octavo.engine.types import TokenLogprobs
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds that a step takes: fixed + per computed token + per KV position read."""
+
+    step_s: float = 0.0
+    token_s: float = 0.0
+    kv_position_s: float = 0.0
+
+    def seconds(self, plan: StepPlan) -> float:
+        positions = sum(row.start + row.num_tokens for row in plan.rows)
+        return self.step_s + self.token_s * plan.num_tokens + self.kv_position_s * positions
+
+
+class VirtualClock:
+    """A clock that only moves when told to. Seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def spell(state: int) -> int:
+    """A token of the byte tokenizer that reads as text: mostly lower-case letters, some spaces."""
+    pick = state % 32
+    return 32 if pick >= 26 else 97 + pick
+
+
+def mix(state: int, token: int) -> int:
+    """The state after one more token (64-bit FNV-like mixing; only determinism and spread matter)."""
+    state = ((state ^ (token + 0x9E3779B97F4A7C15)) * 0xFF51AFD7ED558CCD) & _MASK
+    return state ^ (state >> 29)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A sequence on the fake rank. `states[p]` summarises the tokens of positions 0 … p."""
+
+    tokens: list[int]
+    states: list[int]
+    table: list[int]
+    params: SamplingParams
+    seed: int
+    num_prompt: int
+    stop_token_ids: tuple[int, ...]
+
+
+class FakeRunner:
+    """Executes plans without a model; a `Process` by itself (see core/engine.py).
+
+    next_token: state → token, by default readable letters. Sampled requests mix their seed into the state.
+    sleep: what to do for the step's seconds (time.sleep, VirtualClock.sleep, or nothing).
+    verify: check the shadow KV of every position of every row, O(context).
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        next_token: Callable[[int], int] = spell,
+        cost: CostModel | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        verify: bool = False,
+    ) -> None:
+        self._block_size = block_size
+        self._next_token = next_token
+        self._cost = cost or CostModel()
+        self._sleep = sleep
+        self._verify = verify
+        self._slots: dict[int, _Slot] = {}
+        self._kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._done: deque[StepResult] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        self._done.append(self.execute(plan))
+
+    def collect(self) -> StepResult:
+        result = self._done.popleft()
+        if result.seconds:
+            self._sleep(result.seconds)
+        return result
+
+    def close(self) -> None:
+        self._slots.clear()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for slot in plan.released:
+            del self._slots[slot]
+        for new in plan.new:
+            assert new.slot not in self._slots, f"slot {new.slot} is taken"
+            self._slots[new.slot] = _Slot(
+                tokens=list(new.token_ids),
+                states=[],
+                table=list(new.blocks),
+                params=new.params,
+                seed=new.seed,
+                num_prompt=new.num_prompt,
+                stop_token_ids=new.stop_token_ids,
+            )
+        for slot, index, block in plan.table_edits:
+            table = self._slots[slot].table
+            table[index : index + 1] = [block]
+        for source, destination in plan.copies:
+            self._kv[destination] = list(self._kv[source])
+        for row in plan.rows:
+            self._write_kv(row)
+        results = tuple(self._compute(row) for row in plan.rows)
+        return StepResult(plan.step_id, results, self._cost.seconds(plan))
+
+    def _write_kv(self, row: Row) -> None:
+        slot = self._slots[row.slot]
+        end = row.start + row.num_tokens
+        assert end <= len(slot.tokens), f"row to {end}, but only {len(slot.tokens)} tokens are here"
+        for position in range(len(slot.states), end):
+            previous = slot.states[position - 1] if position else 0
+            slot.states.append(mix(previous, slot.tokens[position]))
+        for position in range(max(row.start, row.write_from), end):
+            block, offset = divmod(position, self._block_size)
+            self._kv[slot.table[block]][offset] = slot.states[position]
+
+    def _compute(self, row: Row) -> RowResult:
+        slot = self._slots[row.slot]
+        end = row.start + row.num_tokens
+        if self._verify:
+            for position in range(end):
+                block, offset = divmod(position, self._block_size)
+                found = self._kv[slot.table[block]][offset]
+                assert found == slot.states[position], f"slot {row.slot}: foreign KV at position {position}"
+        prompt: tuple[TokenLogprobs, ...] = ()
+        if row.prompt_logprobs is not None:
+            last = min(end, slot.num_prompt - 1)
+            prompt = tuple(_logprobs(slot.tokens[p + 1], row.prompt_logprobs) for p in range(row.start, last))
+        if not row.samples:
+            return RowResult(prompt_logprobs=prompt)
+        key = slot.states[end - 1] if slot.params.greedy else mix(slot.states[end - 1], slot.seed)
+        token = self._next_token(key)
+        while end - slot.num_prompt < slot.params.min_tokens and token in slot.stop_token_ids:
+            key = mix(key, token)
+            token = self._next_token(key)
+        del slot.tokens[end:]
+        slot.tokens.append(token)
+        wanted = slot.params.logprobs
+        logprobs = () if wanted is None else (_logprobs(token, wanted),)
+        return RowResult((token,), logprobs, prompt)
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    """Made-up log probabilities: the token itself is the most likely one, then its neighbours."""
+    others = range(1, max(1, count))
+    return TokenLogprobs(
+        token_ids=(token, *([token] if count else ()), *((token + i) % 256 for i in others)),
+        logprobs=(-0.5, *([-0.5] if count else ()), *(-1.0 - i for i in others)),
+        rank=1,
+    )
