@@ -81,9 +81,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if it can never run, CapacityError if the queue is full."""
         self.check(request)
-        max_queued = self.limits.max_num_queued_reqs
-        if max_queued is not None and self._num_waiting > 0 and self._num_waiting >= max_queued:
-            raise CapacityError(f"The queue is full: {self._num_waiting} sequences wait, the limit is {max_queued}.")
+        self.check_room()
         params = request.params
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -124,6 +122,16 @@ class Scheduler:
             value = getattr(params, name)
             if value is not None and value > MAX_LOGPROBS:
                 raise RequestError(f"{name} must be at most {MAX_LOGPROBS} (or -1 for all), got {value}.", name)
+
+    def check_room(self, on_the_way: int = 0) -> None:
+        """Raise CapacityError if the queue is full, counting requests that are `on_the_way`. An idle engine has room."""
+        limit, waiting = self.limits.max_num_queued_reqs, self._num_waiting + on_the_way
+        if limit is not None and waiting >= max(1, limit):
+            raise CapacityError(f"The queue is full: {waiting} sequences wait, the limit is {limit}.")
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether any sequence of the request is not finished."""
+        return request_id in self._requests
 
     def abort(self, request_id: str) -> list[TokenDelta]:
         """End all sequences of a request; their blocks are free at once. Unknown ids are ignored."""

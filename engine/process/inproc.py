@@ -1,0 +1,43 @@
+"""InProcess: one rank in this process, on a thread of its own.
+
+The thread lets the host plan step N+1 while the rank computes N: torch and the native ops release the GIL.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.errors import OctavoError, StepError
+
+
+class Executes(Protocol):
+    """A rank's runner."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step. Any exception fails the step, and that step alone."""
+
+
+class InProcess:
+    """A `Process` (see core/engine.py) of one rank."""
+
+    def __init__(self, runner: Executes) -> None:
+        self._runner = runner
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-rank0")
+        self._launched: deque[Future[StepResult]] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        self._launched.append(self._thread.submit(self._runner.execute, plan))
+
+    def collect(self) -> StepResult:
+        try:
+            return self._launched.popleft().result()
+        except OctavoError:
+            raise
+        except Exception as error:
+            raise StepError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
