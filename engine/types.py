@@ -89,6 +89,24 @@ class EngineStats:
         return self.kv_blocks_held / self.kv_blocks_total if self.kv_blocks_total else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a built engine is: facts read from its checkpoint or measured at start.
+
+    `eos_token_ids`: tokens that end a sequence unless ignored. `phases`: (name, seconds) of the start-up, in order.
+    """
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    block_size: int
+    num_blocks: int
+    phases: tuple[tuple[str, float], ...] = ()
+
+
 @dataclass(slots=True)
 class Logprob:
     """One candidate token, as users see it in `CompletionOutput.logprobs`."""

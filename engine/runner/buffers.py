@@ -1,0 +1,85 @@
+"""Buffers: what a rank remembers of each sequence between steps, and how a plan's rows become the model's inputs.
+
+Knows slots, tokens and block tables. Does not know the model or how tokens are drawn. Everything is indexed by slot, so a
+plan carries only what changed; making the inputs costs O(tokens of the step), not O(context).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.engine.core.plan import Row, StepPlan
+from octavo.kernels.ops import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """input_ids, positions: [T] int64. `last`: [R] int64, index in T of each row's last token."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionBatch
+    last: np.ndarray
+
+
+class Buffers:
+    """Per slot: tokens [max_num_seqs, max_model_len + 1] int32 and block table [max_num_seqs, MB] int32, on the host.
+
+    `tokens_on_device` is the same memory on CPU: a drawn token is there for the next step without a copy.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._tokens = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
+        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self.tokens = torch.from_numpy(self._tokens)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take over what the plan says of sequences entering slots and of block tables."""
+        for new in plan.new:
+            self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
+            self._tables[new.slot, : len(new.blocks)] = new.blocks
+        if plan.table_edits:
+            slots, indices, blocks = np.array(plan.table_edits, dtype=np.int64).T
+            self._tables[slots, indices] = blocks
+
+    def inputs(self, rows: tuple[Row, ...], device: torch.device) -> StepInputs:
+        """The model's inputs for these rows, packed in their order."""
+        slots, starts, counts, write_from = np.array(
+            [(row.slot, row.start, row.num_tokens, row.write_from) for row in rows], dtype=np.int64
+        ).T
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        row_of = np.repeat(np.arange(len(rows)), counts)  # [T]
+        positions = np.arange(query_start[-1]) - query_start[row_of] + starts[row_of]
+        slot_of = slots[row_of]
+        blocks = self._tables[slot_of, positions // self._block_size].astype(np.int64)
+        slot_mapping = blocks * self._block_size + positions % self._block_size
+        slot_mapping[positions < write_from[row_of]] = -1
+        context = starts + counts
+        longest = int(context.max())
+        width = -(-longest // self._block_size)
+
+        def send(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return StepInputs(
+            input_ids=send(self._tokens[slot_of, positions].astype(np.int64)),
+            positions=send(positions.astype(np.int64)),
+            attention=AttentionBatch(
+                block_tables=send(self._tables[slots, :width]),
+                query_start=send(query_start),
+                context_lens=send(context.astype(np.int32)),
+                slot_mapping=send(slot_mapping),
+                max_query_len=int(counts.max()),
+                max_context_len=longest,
+            ),
+            last=(query_start[1:] - 1).astype(np.int64),
+        )
+
+    def store(self, slots: list[int], positions: list[int], token_ids: torch.Tensor) -> None:
+        """Put drawn tokens [R] where the next step finds them."""
+        self._tokens[slots, positions] = token_ids.cpu().numpy()

@@ -1,0 +1,113 @@
+"""Builds the engine of one rank in this process: checkpoint → model → KV pool → runner → scheduler.
+
+The torch half of octavo.engine.build, which is the door.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from octavo.engine.build import Engine, Phases, assemble
+from octavo.engine.config import EngineConfig
+from octavo.engine.core.plan import Row
+from octavo.engine.errors import ConfigError
+from octavo.engine.layers.context import BuildContext
+from octavo.engine.loader.assign import init_dummy, load_weights
+from octavo.engine.loader.checkpoint import open_checkpoint
+from octavo.engine.loader.source import resolve_model
+from octavo.engine.models.registry import build_model, max_model_len
+from octavo.engine.parallel.mesh import Mesh
+from octavo.engine.process.inproc import InProcess
+from octavo.engine.runner.buffers import Buffers
+from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
+from octavo.engine.runner.runner import Model, Runner
+from octavo.engine.runner.sampling_state import SamplingState
+from octavo.engine.types import EngineInfo
+from octavo.kernels import ops as kernel_ops
+
+
+def build_local(config: EngineConfig, phases: Phases) -> Engine:
+    """Build everything in this process. Raises ConfigError."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    with phases.phase("find model"):
+        source = resolve_model(config.model, revision=config.revision, download_dir=config.download_dir)
+        checkpoint = open_checkpoint(source, trust_remote_code=config.trust_remote_code)
+        length = _context_length(config, max_model_len(checkpoint.config))
+    with phases.phase("build model"):
+        ops = kernel_ops.select(device, dtype, config.kernels)
+        context = BuildContext(mesh=Mesh(), ops=ops, dtype=dtype, device=device, max_model_len=length)
+        model = build_model(checkpoint.config, context)
+    with phases.phase("load weights"):
+        if config.load_format == "dummy":
+            init_dummy(model, config.seed)
+        else:
+            load_weights(model, checkpoint.tensors())
+    with phases.phase("KV cache"):
+        specs = model.kv_specs()
+        num_blocks = plan_num_blocks(config, specs, length, device, _step_bytes(config, model, device))
+        if config.max_model_len is None:
+            length = min(length, num_blocks * config.block_size)
+        info = EngineInfo(
+            model=source.name,
+            max_model_len=length,
+            vocab_size=checkpoint.config.vocab_size,
+            eos_token_ids=checkpoint.eos_token_ids,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+        )
+        pool = KVPool.allocate(specs, num_blocks, config.block_size, device)
+        buffers = Buffers(config.max_num_seqs, length, config.block_size)
+        sampling = SamplingState(config.max_num_seqs, length, info.vocab_size, device)
+        runner = Runner(model, pool, ops, buffers, sampling, device)
+    engine = assemble(config, info, InProcess(runner))
+    return replace(engine, info=replace(info, phases=tuple(phases.done)))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto = the first GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA GPU here: use device cpu, or install a CUDA torch.")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto = bfloat16 on a GPU; on a CPU float32 (see benchmarks/LOG.md for the measurement)."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _context_length(config: EngineConfig, of_model: int) -> int:
+    """The longest sequence to serve, before the KV pool is known."""
+    if config.max_model_len is None:
+        return of_model
+    if config.max_model_len > of_model:
+        raise ConfigError(
+            f"max_model_len ({config.max_model_len}) is longer than the {of_model} tokens this model was made for."
+        )
+    return config.max_model_len
+
+
+def _step_bytes(config: EngineConfig, model: Model, device: torch.device) -> int:
+    """Device memory a step of the full token budget needs for activations, by running one. 0 on CPU."""
+    if device.type != "cuda":
+        return 0
+    tokens = config.max_num_batched_tokens
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    specs = model.kv_specs()
+    pool = KVPool.allocate(specs, -(-tokens // config.block_size), config.block_size, device)
+    buffers = Buffers(1, tokens, config.block_size)
+    inputs = buffers.inputs((Row(slot=0, start=0, num_tokens=tokens, write_from=tokens, samples=True),), device)
+    with torch.inference_mode():
+        hidden = model(inputs.input_ids, inputs.positions, pool.caches, inputs.attention)
+        model.logits(hidden[: config.max_num_seqs])
+    kv_bytes = tokens * sum(spec.bytes_per_token for spec in specs)
+    return max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)

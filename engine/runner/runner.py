@@ -1,0 +1,125 @@
+"""Runner: executes step plans on one rank.
+
+Knows the model, the KV pool, the buffers and the sampler, and calls them in order. Only what every model needs belongs
+here. It decides nothing: which rows, which blocks, when to stop, all is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
+from octavo.engine.layers.kv import KVSpec
+from octavo.engine.runner.buffers import Buffers, StepInputs
+from octavo.engine.runner.kv_pool import KVPool
+from octavo.engine.runner.logprobs import prompt_logprobs
+from octavo.engine.runner.sampler import Sampler
+from octavo.engine.runner.sampling_state import SamplingState
+from octavo.engine.types import TokenLogprobs
+from octavo.kernels.ops import AttentionBatch, Ops
+
+
+class Model(Protocol):
+    """What the runner asks of a model; octavo.engine.models has the families."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        batch: AttentionBatch,
+    ) -> torch.Tensor:
+        """input_ids, positions: [T] int64; kv: per attention layer (key, value) → hidden states [T, M]."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [R, M] → [R, V] float32."""
+
+    def kv_specs(self) -> tuple[KVSpec, ...]:
+        """What each attention layer keeps per token, in the order of `kv`."""
+
+
+class Runner:
+    """One rank's half of the engine: `execute` turns a StepPlan into a StepResult."""
+
+    def __init__(
+        self,
+        model: Model,
+        pool: KVPool,
+        ops: Ops,
+        buffers: Buffers,
+        sampling: SamplingState,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.ops = ops
+        self.buffers = buffers
+        self.sampling = sampling
+        self.sampler = Sampler()
+        self.device = device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        started = time.perf_counter()
+        self._apply(plan)
+        inputs = self.buffers.inputs(plan.rows, self.device)
+        hidden = self.model(inputs.input_ids, inputs.positions, self.pool.caches, inputs.attention)
+        results = self._draw(plan.rows, inputs, hidden)
+        return StepResult(plan.step_id, results, time.perf_counter() - started)
+
+    def _apply(self, plan: StepPlan) -> None:
+        """Bring the rank's state up to the plan, before anything is computed."""
+        for slot in plan.released:
+            self.sampling.leave(slot)
+        for new in plan.new:
+            self.sampling.enter(new)
+        self.buffers.apply(plan)
+        if plan.copies:
+            pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
+            for key_cache, value_cache in self.pool.caches:
+                self.ops.copy_blocks(key_cache, value_cache, pairs)
+
+    def _draw(self, rows: Sequence[Row], inputs: StepInputs, hidden: torch.Tensor) -> tuple[RowResult, ...]:
+        """Draw a token for each row that samples; log probabilities of prompt tokens where asked for."""
+        prompt = {i: self._prompt_logprobs(row, inputs, hidden, i) for i, row in enumerate(rows) if _wants_prompt(row)}
+        sampling = [i for i, row in enumerate(rows) if row.samples]
+        drawn: dict[int, RowResult] = {}
+        if sampling:
+            last = torch.from_numpy(inputs.last[sampling]).to(self.device)
+            logits = self.model.logits(hidden[last])
+            slots = [rows[i].slot for i in sampling]
+            positions = [rows[i].start + rows[i].num_tokens for i in sampling]
+            sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens)
+            self.buffers.store(slots, positions, sampled.token_ids)
+            drawn = dict(zip(sampling, sampled.to_host(), strict=True))
+        results = []
+        for i in range(len(rows)):
+            result = drawn.get(i, RowResult())
+            if i in prompt:
+                result = RowResult(result.token_ids, result.logprobs, prompt[i], result.error)
+            results.append(result)
+        return tuple(results)
+
+    def _prompt_logprobs(
+        self, row: Row, inputs: StepInputs, hidden: torch.Tensor, index: int
+    ) -> tuple[TokenLogprobs, ...]:
+        """Log probabilities of the prompt tokens that this row's positions predict."""
+        assert row.prompt_logprobs is not None
+        last = min(row.start + row.num_tokens, self.sampling.num_prompt(row.slot) - 1)
+        count = last - row.start
+        first = int(inputs.last[index]) + 1 - row.num_tokens
+        targets = self.buffers.tokens[row.slot, row.start + 1 : last + 1].to(torch.int64)
+        found: list[TokenLogprobs] = []
+        for begin in range(0, count, 256):  # logits of a whole long prompt at once would be gigabytes
+            end = min(count, begin + 256)
+            logits = self.model.logits(hidden[first + begin : first + end])
+            found.extend(prompt_logprobs(logits, targets[begin:end], row.prompt_logprobs))
+        return tuple(found)
+
+
+def _wants_prompt(row: Row) -> bool:
+    return row.prompt_logprobs is not None
