@@ -28,13 +28,14 @@ class StepInputs:
 class Buffers:
     """Per slot: tokens [max_num_seqs, max_model_len + 1] int32 and block table [max_num_seqs, MB] int32, on the host.
 
-    `tokens_on_device` is the same memory on CPU: a drawn token is there for the next step without a copy.
+    `tokens` is the same memory as a tensor, for the sampler.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
         self._tokens = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
         self.tokens = torch.from_numpy(self._tokens)
 
     def apply(self, plan: StepPlan) -> None:
@@ -42,6 +43,7 @@ class Buffers:
         for new in plan.new:
             self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
             self._tables[new.slot, : len(new.blocks)] = new.blocks
+            self._num_prompt[new.slot] = new.num_prompt
         if plan.table_edits:
             slots, indices, blocks = np.array(plan.table_edits, dtype=np.int64).T
             self._tables[slots, indices] = blocks
@@ -79,6 +81,10 @@ class Buffers:
             ),
             last=(query_start[1:] - 1).astype(np.int64),
         )
+
+    def num_prompt(self, slot: int) -> int:
+        """How many of the slot's tokens are its prompt."""
+        return int(self._num_prompt[slot])
 
     def store(self, slots: list[int], positions: list[int], token_ids: torch.Tensor) -> None:
         """Put drawn tokens [R] where the next step finds them."""

@@ -109,7 +109,7 @@ class Runner:
     ) -> tuple[TokenLogprobs, ...]:
         """Log probabilities of the prompt tokens that this row's positions predict."""
         assert row.prompt_logprobs is not None
-        last = min(row.start + row.num_tokens, self.sampling.num_prompt(row.slot) - 1)
+        last = min(row.start + row.num_tokens, self.buffers.num_prompt(row.slot) - 1)
         count = last - row.start
         first = int(inputs.last[index]) + 1 - row.num_tokens
         targets = self.buffers.tokens[row.slot, row.start + 1 : last + 1].to(torch.int64)
