@@ -1,6 +1,7 @@
 """The definition of every op of `octavo.kernels.ops`, in plain torch. Runs on any device and dtype."""
 
 import torch
+
 from octavo.kernels.ref.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.ref.attention import paged_attention
 from octavo.kernels.ref.cache import copy_blocks, write_kv

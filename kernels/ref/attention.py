@@ -5,6 +5,7 @@ queries that see only the KV they may look at. So the working memory is bounded,
 """
 
 import torch
+
 from octavo.kernels.ops import AttentionBatch
 
 MAX_GATHERED = 1 << 24  # elements of K (and of V) gathered at once for one-token rows

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+
 from octavo.kernels import ref
 from octavo.kernels.ops import AttentionBatch, select
 

@@ -1,0 +1,33 @@
+"""What every layer's constructor is handed: where it lives, which ops it calls, which ranks it shares work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from octavo.engine.layers.linear_method import LinearMethod, Unquantized
+from octavo.engine.parallel.mesh import Mesh
+from octavo.kernels.ops import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """Everything about the build that is not the model's own config.
+
+    dtype: of weights and activations. max_model_len: the longest sequence that will be served, in tokens: positions are
+    0 … max_model_len - 1; None = the model's own limit (`build_model` fills it in). linear_method: how linear layers
+    keep and apply their weights.
+    """
+
+    mesh: Mesh
+    ops: Ops
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int | None = None
+    linear_method: LinearMethod = field(default_factory=Unquantized)
+
+    @property
+    def num_positions(self) -> int:
+        assert self.max_model_len is not None, "max_model_len is unresolved"
+        return self.max_model_len

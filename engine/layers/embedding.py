@@ -1,0 +1,80 @@
+"""Token embeddings, learned positions and the head that turns hidden states into logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from octavo.engine.layers.context import BuildContext
+from octavo.engine.layers.weight import Layer, Part, ShardRule, Weight, whole_part
+from octavo.engine.parallel.mesh import Group
+
+
+def vocab_part(vocab_size: int, group: Group) -> tuple[Part, int]:
+    """The rank's range of token ids, and the rows it stores: equal on all ranks, so the last ones may hold padding."""
+    rows = -(-vocab_size // group.size)
+    first = min(group.rank * rows, vocab_size)
+    return Part("", 0, min(rows, vocab_size - first), first, vocab_size), rows
+
+
+class VocabParallelEmbedding(Layer):
+    """[T] token ids → [T, M]. The table is cut over tp by token id. `scale` multiplies in the table's dtype (Gemma)."""
+
+    def __init__(self, ctx: BuildContext, vocab_size: int, width: int, scale: float | None = None) -> None:
+        super().__init__()
+        self.group, self.vocab_size = ctx.mesh.tp, vocab_size
+        self.part, rows = vocab_part(vocab_size, self.group)
+        self.weight = Weight((rows, width), ShardRule(0, (self.part,)), ctx.dtype, ctx.device)
+        # Rounded to the dtype before multiplying, as the family was trained.
+        self.scale = None if scale is None else torch.tensor(scale, dtype=ctx.dtype).item()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.group.size == 1:
+            hidden = F.embedding(input_ids, self.weight)
+        else:
+            local = input_ids - self.part.source
+            foreign = (local < 0) | (local >= self.part.size)
+            hidden = F.embedding(local.masked_fill(foreign, 0), self.weight)
+            hidden = self.group.all_reduce(hidden.masked_fill(foreign.unsqueeze(1), 0))
+        return hidden if self.scale is None else hidden * self.scale
+
+
+class LearnedPositions(Layer):
+    """[T] positions → [T, M]. `offset`: rows of the table before the one of position 0."""
+
+    def __init__(self, ctx: BuildContext, num_positions: int, width: int, offset: int = 0) -> None:
+        super().__init__()
+        self.offset = offset
+        rows = num_positions + offset
+        self.weight = Weight((rows, width), ShardRule(0, (whole_part(rows),)), ctx.dtype, ctx.device)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return F.embedding(positions + self.offset if self.offset else positions, self.weight)
+
+
+class LMHead(Layer):
+    """[R, M] → [R, V] float32. The vocabulary is cut over tp. Tied: it reads the embedding's table.
+
+    `soft_cap` c: logits become c * tanh(logit / c).
+    """
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        vocab_size: int,
+        width: int,
+        tied_to: VocabParallelEmbedding | None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.group, self.vocab_size, self.soft_cap = ctx.mesh.tp, vocab_size, soft_cap
+        # In a list, so that a tied table is found once, under the embedding's name.
+        self.tied = [] if tied_to is None else [tied_to]
+        if tied_to is None:
+            part, rows = vocab_part(vocab_size, self.group)
+            self.weight = Weight((rows, width), ShardRule(0, (part,)), ctx.dtype, ctx.device)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = self.tied[0].weight if self.tied else self.weight
+        logits = self.group.all_gather(F.linear(hidden, weight)).float()[:, : self.vocab_size]
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap

@@ -1,0 +1,59 @@
+"""Feed-forward blocks. x: [T, M] → [T, M], F cut over tp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octavo.engine.errors import ConfigError
+from octavo.engine.layers.context import BuildContext
+from octavo.engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+T = TypeVar("T")
+
+# Names as in Hugging Face configs. gelu_new is the tanh approximation written out.
+GATED = {"silu": "silu_and_mul", "swish": "silu_and_mul"} | dict.fromkeys(
+    ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh_and_mul"
+)
+PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+} | dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, ctx: BuildContext, width: int, inner: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj = ColumnParallelLinear(ctx, width, (("gate", inner), ("up", inner)), bias=bias)
+        self.down_proj = RowParallelLinear(ctx, inner, width, bias=bias)
+        self.activation = getattr(ctx.ops, _lookup(GATED, activation))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(x)))
+
+
+class PlainMLP(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, ctx: BuildContext, width: int, inner: int, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.up_proj = ColumnParallelLinear(ctx, width, (("", inner),), bias=bias)
+        self.down_proj = RowParallelLinear(ctx, inner, width, bias=bias)
+        self.activation = _lookup(PLAIN, activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def _lookup(table: dict[str, T], name: str) -> T:
+    if name not in table:
+        raise ConfigError(f"Activation {name!r} is not supported here; supported are {', '.join(table)}.")
+    return table[name]

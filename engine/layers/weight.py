@@ -1,0 +1,94 @@
+"""Parameters that know which slice of which checkpoint tensor they hold.
+
+A layer decides once, when it is built, what its rank owns; whoever reads a checkpoint only says which tensor came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from octavo.engine.errors import ConfigError
+from octavo.engine.parallel.mesh import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor's place in a parameter, along the parameter's sharded axis.
+
+    `whole` is the tensor's length in the checkpoint. This rank takes [source, source + size) of it and keeps it at
+    [start, start + size) of the parameter.
+    """
+
+    name: str
+    start: int
+    size: int
+    source: int
+    whole: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRule:
+    """How a parameter is cut over ranks and put together from checkpoint tensors, which agree in all other axes.
+
+    Parameter rows that no part covers are padding and stay zero.
+    """
+
+    axis: int
+    parts: tuple[Part, ...]
+
+
+def split_part(total: int, group: Group, what: str, name: str = "", start: int = 0) -> Part:
+    """The rank's equal share of `total`. Raises ConfigError if it does not divide."""
+    size = group.share(total, what)
+    return Part(name, start, size, group.rank * size, total)
+
+
+def whole_part(total: int, name: str = "", start: int = 0) -> Part:
+    """Every rank keeps all of it."""
+    return Part(name, start, total, 0, total)
+
+
+class Weight(nn.Parameter):
+    """A parameter with its shard rule. Starts as zeros; never trained."""
+
+    rule: ShardRule
+
+    def __new__(cls, shape: Sequence[int], rule: ShardRule, dtype: torch.dtype, device: torch.device) -> Weight:
+        self = super().__new__(cls, torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
+        self.rule = rule
+        return self
+
+    def source_shape(self, part: str | None) -> tuple[int, ...]:
+        """Shape of the checkpoint tensor of `part`, or of one that holds all parts in order (None)."""
+        shape = list(self.shape)
+        shape[self.rule.axis] = sum(p.whole for p in self.parts(part))
+        return tuple(shape)
+
+    def parts(self, part: str | None) -> tuple[Part, ...]:
+        """The part of that name, or all (None)."""
+        return tuple(p for p in self.rule.parts if part is None or p.name == part)
+
+    def fill(self, part: str | None, tensor: torch.Tensor) -> None:
+        """Copy this rank's slice of a checkpoint tensor, cast to the parameter's dtype. Raises ConfigError on shape."""
+        expected = self.source_shape(part)
+        if tuple(tensor.shape) != expected:
+            raise ConfigError(f"has shape {tuple(tensor.shape)}, the model's config asks for {expected}")
+        at = 0
+        for p in self.parts(part):
+            mine = tensor.narrow(self.rule.axis, at + p.source, p.size)
+            self.data.narrow(self.rule.axis, p.start, p.size).copy_(mine)
+            at += p.whole
+
+
+class Layer(nn.Module):
+    """A module that owns Weights. `load` is the one door through which checkpoint tensors reach them."""
+
+    def load(self, name: str, part: str | None, tensor: torch.Tensor) -> None:
+        """Fill a part (None: all parts, in order) of the Weight called `name`. Raises ConfigError on a wrong shape."""
+        weight = getattr(self, name)
+        assert isinstance(weight, Weight), f"{name} of {type(self).__name__} is not a Weight"
+        weight.fill(part, tensor)
