@@ -1,5 +1,5 @@
-"""octavo.engine: one model replica, tokens in, tokens out. Public names are loaded when first used: importing a torch-free
-part of the package must not import torch."""
+"""octavo.engine: one model replica, tokens in, tokens out. Public names are loaded when first used: importing a
+torch-free part of the package must not import torch."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from octavo.engine.assets import default_params, tokenizer_of
 from octavo.engine.build import Engine, build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import RankLost, RequestError
@@ -16,7 +17,6 @@ from octavo.engine.loop import EngineLoop
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
 from octavo.engine.requests import Prompt, make_request
-from octavo.engine.text.load import default_params, tokenizer_of
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request, RequestOutput, TokenDelta
 
@@ -184,9 +184,7 @@ class AsyncLLM:
         """
         self._loop = asyncio.get_running_loop()
         params = sampling_params or self.get_default_sampling_params()
-        request = make_request(
-            self._tokenizer, prompt, params, request_id, priority=priority, cache_salt=cache_salt
-        )
+        request = make_request(self._tokenizer, prompt, params, request_id, priority=priority, cache_salt=cache_salt)
         state = RequestState(request, prompt if isinstance(prompt, str) else None, self._tokenizer)
         queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
         if request.request_id in self._queues:

@@ -1,6 +1,6 @@
 """The one place where an engine is put together: EngineConfig → a running Engine.
 
-Reads as a list. Everything that can be wrong with a configuration is found here, before the weights load where possible.
+Reads as a list. What is wrong with a configuration is found here, before the weights load where possible.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def build_engine(config: EngineConfig, report: Report | None = None) -> Engine:
 
 
 def build_fake(config: EngineConfig) -> Engine:
-    """An engine without a model: FakeRunner and the byte tokenizer's vocabulary. Starts in no time, imports no torch."""
+    """An engine without a model: FakeRunner and the byte tokenizer's vocabulary. Starts at once, without torch."""
     from octavo.engine.runner.fake import CostModel, FakeRunner
     from octavo.engine.text.byte_tokenizer import ByteTokenizer
 
@@ -81,8 +81,9 @@ def assemble(config: EngineConfig, info: EngineInfo, process: object) -> Engine:
     """Scheduler + block pool + process → Engine."""
     if info.num_blocks * info.block_size < info.max_model_len:
         raise ConfigError(
-            f"max_model_len ({info.max_model_len}) needs {-(-info.max_model_len // info.block_size)} KV blocks, but only "
-            f"{info.num_blocks} fit: lower max_model_len or give the KV cache more memory (kv_cache_memory_bytes)."
+            f"max_model_len ({info.max_model_len}) needs {-(-info.max_model_len // info.block_size)} KV blocks, "
+            f"but only {info.num_blocks} fit: lower max_model_len or give the KV cache more memory "
+            f"(kv_cache_memory_bytes)."
         )
     if not config.enable_chunked_prefill and config.max_num_batched_tokens < info.max_model_len:
         raise ConfigError(

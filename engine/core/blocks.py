@@ -2,8 +2,8 @@
 
 Knows block ids, reference counts and names. Does not know sequences, tokens or tensors.
 
-A block is in exactly one of three states: *held* (references > 0), *cached* (no reference, named: its KV can be found by
-name until the block is needed for something else), *free* (no reference, no name). free + cached + held = total.
+A block is in exactly one of three states: *held* (references > 0), *cached* (no reference, named: its KV can be found
+by name until the block is needed for something else), *free* (no reference, no name). free + cached + held = total.
 """
 
 from __future__ import annotations

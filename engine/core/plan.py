@@ -2,8 +2,8 @@
 
 Plans are diffs. A rank keeps, per slot, the sequence's tokens, block table and sampling state; a plan says what changed
 since the last one and which rows to compute. Plans are executed in the order of their `step_id`. A plan may be launched
-before the result of the one before it is known, so a row never carries the token it computes: it names the position, and
-the rank finds the token in its own buffer, where the step before has put it.
+before the result of the one before it is known, so a row never carries the token it computes: it names the position,
+and the rank finds the token in its own buffer, where the step before has put it.
 """
 
 from __future__ import annotations

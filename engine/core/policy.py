@@ -1,7 +1,7 @@
 """Who goes first: a policy gives each sequence a fixed key; smaller keys are admitted first and preempted last.
 
-Keys never change after arrival, so queues can stay sorted, and "nothing starves" follows from the keys alone: only finitely
-many sequences can ever have a smaller key than a given one.
+Keys never change after arrival, so queues can stay sorted, and "nothing starves" follows from the keys alone: only
+finitely many sequences can ever have a smaller key than a given one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Scheduler: which tokens of which sequences the next step computes, and what its result means.
 
-Knows sequences, blocks, slots and budgets. Does not know tensors, text, time or transport. Deterministic: the same calls
-give the same plans. One rule covers prefill, chunks, decode, prefix hits and recompute: a sequence has `num_computed` of
-`num_total` tokens, and a step lets it catch up within the token budget (the rule is vLLM v1's).
+Knows sequences, blocks, slots and budgets. Does not know tensors, text, time or transport. Deterministic: the same
+calls give the same plans. One rule covers prefill, chunks, decode, prefix hits and recompute: a sequence has
+`num_computed` of `num_total` tokens, and a step lets it catch up within the token budget (the rule is vLLM v1's).
 
-A plan may be made while earlier ones still run: tokens that are drawn but not yet known are counted as pending. Whatever
-is freed here may be handed out again in the next plan, because ranks execute plans in order.
+A plan may be made while earlier ones still run: tokens that are drawn but not yet known are counted as pending.
+Whatever is freed here may be handed out again in the next plan, because ranks execute plans in order.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Scheduler:
                 raise RequestError(f"{name} must be at most {MAX_LOGPROBS} (or -1 for all), got {value}.", name)
 
     def check_room(self, on_the_way: int = 0) -> None:
-        """Raise CapacityError if the queue is full, counting requests that are `on_the_way`. An idle engine has room."""
+        """Raise CapacityError if the queue is full, with requests that are `on_the_way`. An idle engine has room."""
         limit, waiting = self.limits.max_num_queued_reqs, self._num_waiting + on_the_way
         if limit is not None and waiting >= max(1, limit):
             raise CapacityError(f"The queue is full: {waiting} sequences wait, the limit is {limit}.")
@@ -192,7 +192,8 @@ class Scheduler:
             later -= 1
             count = self._chunk(sequence.num_total - sequence.num_computed, tokens.left - later)
             while count and not self._extend(sequence, count, draft):
-                # The last in the policy's order gives way. It has no row in this draft: rows are made in the same order.
+                # The last in the policy's order gives way. It has no row in this draft: rows are made in the same
+                # order.
                 victim = self.running.pop()
                 later -= victim is not sequence and victim.wants_step
                 self._preempt(victim)
@@ -302,7 +303,7 @@ class Scheduler:
             sequence.held_back = []
 
     def _extend(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
-        """Give the sequence blocks for `count` more positions, all of them its own to write; False = too few are left."""
+        """Give the sequence blocks for `count` more positions, its own to write. False: too few are left."""
         size = self.limits.block_size
         end = sequence.num_computed + count
         grow = max(0, self._blocks_for(end) - len(sequence.blocks))
@@ -433,7 +434,7 @@ class Scheduler:
         self._released.append(sequence.slot)
 
     def _name_blocks(self, sequence: Sequence) -> None:
-        """Make blocks findable that the plans made so far fill. Ranks execute in order, so the next row may read them."""
+        """Make blocks findable that the plans so far fill. Ranks execute in order, so the next row may read them."""
         fresh = sequence.newly_full(self.limits.block_size)
         if fresh:
             names = sequence.block_names(self.limits.block_size)

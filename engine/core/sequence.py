@@ -1,8 +1,8 @@
 """Sequence: one token stream of a request, as the scheduler sees it.
 
-Three counters say all: `num_computed` positions have had their forward planned; `len(tokens)` tokens are known to the host;
-`num_pending` more were drawn, or will be, by steps in flight, and are known to the ranks alone. A sequence is to catch up
-with `num_total` = known + pending. There are no phases.
+Three counters say all: `num_computed` positions have had their forward planned; `len(tokens)` tokens are known to the
+host; `num_pending` more were drawn, or will be, by steps in flight, and are known to the ranks alone. A sequence is to
+catch up with `num_total` = known + pending. There are no phases.
 """
 
 from __future__ import annotations
