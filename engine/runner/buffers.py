@@ -1,7 +1,7 @@
 """Buffers: what a rank remembers of each sequence between steps, and how a plan's rows become the model's inputs.
 
-Knows slots, tokens and block tables. Does not know the model or how tokens are drawn. Everything is indexed by slot, so a
-plan carries only what changed; making the inputs costs O(tokens of the step), not O(context).
+Knows slots, tokens and block tables. Does not know the model or how tokens are drawn. Everything is indexed by slot,
+so a plan carries only what changed; making the inputs costs O(tokens of the step), not O(context).
 """
 
 from __future__ import annotations

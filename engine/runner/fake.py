@@ -1,9 +1,9 @@
 """FakeRunner: stands in for a model wherever the core, the server or a cluster is run without one. No torch.
 
-Its next token is a function of all tokens before it, so a wrong token anywhere changes everything after. It also keeps a
-shadow of the KV pool: each slot of a block remembers which prefix its KV was computed from, and with `verify` every row
-checks that what its block table leads to is its own prefix. A scheduling or block fault thus shows as an AssertionError,
-not as noise.
+Its next token is a function of all tokens before it, so a wrong token anywhere changes everything after. It also keeps
+a shadow of the KV pool: each slot of a block remembers which prefix its KV was computed from, and with `verify` every
+row checks that what its block table leads to is its own prefix. A scheduling or block fault thus shows as an
+AssertionError, not as noise.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ CPU_DEFAULT_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """caches: per attention layer (key, value), each [NB, Hkv, BS, D]. Only blocks that were written use memory (CPU)."""
+    """caches: per attention layer (key, value), each [NB, Hkv, BS, D]. On CPU only written blocks use memory."""
 
     caches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     block_size: int
