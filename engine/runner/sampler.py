@@ -1,0 +1,234 @@
+"""The sampler of one rank: a step's logits in, one token per row out, all rows at once.
+
+The order is vLLM's: log probabilities from the raw logits; allowed tokens; bad words; min_tokens; logit bias;
+penalties; then the greedy choice, or temperature, min_p, top_k, top_p and the draw. A stage no row of the step needs
+is not entered, which the host knows from the slots' state without asking the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from octavo.engine.runner.logprobs import Logprobs, take_logprobs, to_token_logprobs
+from octavo.engine.runner.philox import uniforms
+from octavo.engine.runner.sampler_draw import Blocks, Draws, draw, greedy
+from octavo.engine.runner.sampling_state import NO_LOGPROBS, Rows, SamplingState
+from octavo.engine.types import TokenLogprobs
+
+_GOOD, _NOT_FINITE, _NOTHING_LEFT = 0, 1, 2
+_FAULTS = {
+    _NOT_FINITE: "The model's logits are not finite numbers.",
+    _NOTHING_LEFT: "No token is left to draw: the masks (allowed_token_ids, bad_words, min_tokens) exclude them all.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HostTokens:
+    """A step's draws on the host, in the order of its rows.
+
+    `logprobs[i]` is None where row i did not ask. `bad_rows` maps a row that could not be drawn from to the reason, one
+    sentence; its token is 0 and means nothing, its request should end with an error.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+    bad_rows: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """What `Sampler.sample` gives. token_ids: [R] int64 on the device, ready for the next step at once.
+
+    The copies to the host are under way; `to_host` waits for them, but not for work launched later.
+    """
+
+    token_ids: torch.Tensor
+    _faults: torch.Tensor
+    _taken: tuple[_Taken, ...]
+    _copies: _HostCopies = field(repr=False)
+
+    def to_host(self) -> HostTokens:
+        copies = iter(self._copies.wait())
+        token_ids, faults = next(copies).tolist(), next(copies).tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for taken in self._taken:
+            parts = tuple(next(copies) for _ in taken.logprobs.parts())
+            for row, entry in zip(taken.rows, to_token_logprobs(parts, taken.ks), strict=True):
+                logprobs[row] = entry
+        bad_rows = {row: _FAULTS[fault] for row, fault in enumerate(faults) if fault != _GOOD}
+        return HostTokens(tuple(token_ids), tuple(logprobs), bad_rows)
+
+
+class Sampler:
+    """Stateless; see SamplingState for what lasts from step to step."""
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: Sequence[int] | torch.Tensor,
+        positions: Sequence[int],
+        state: SamplingState,
+        tokens: torch.Tensor,
+    ) -> SampledTokens:
+        """Draw a token for each of R rows, and count it where penalties are on.
+
+        logits: [R, V] float32, may be overwritten. slots: [R], each at most once, on the host. positions: [R],
+        absolute position of the token being drawn. tokens: [max_num_seqs, max_model_len + 1] integer, on the device, a
+        row per slot, filled below the position. A row whose logits hold a NaN or +inf, or to which the masks leave
+        nothing, yields token 0 and is reported in `HostTokens.bad_rows`; other rows do not notice. No device sync on
+        CUDA.
+        """
+        logits = logits.to(torch.float32).contiguous()
+        rows = state.rows(slots, positions)
+        asking = np.flatnonzero(rows.logprobs != NO_LOGPROBS)
+        raw = _select(logits, asking)
+        if raw is logits and _edits(rows, state):
+            raw = logits.clone()
+        _edit(logits, rows, state, tokens)
+        blocks = Blocks.of(logits)
+        drawn = _choose(blocks, rows, logits.shape[1])
+        faults = torch.where(blocks.top == -torch.inf, _NOTHING_LEFT, _NOT_FINITE).to(torch.int8)
+        faults.masked_fill_(blocks.top.isfinite(), _GOOD)
+        drawn.masked_fill_(faults != _GOOD, 0)
+        counted = _members(rows.slots, state.penalties)
+        if len(counted):
+            state.penalties.count(rows.slots[counted], counted, drawn)
+        taken = _take(raw, drawn, asking, rows)
+        copies = _HostCopies((drawn, faults, *(part for group in taken for part in group.logprobs.parts())))
+        return SampledTokens(drawn, faults, taken, copies)
+
+
+def _choose(blocks: Blocks, rows: Rows, vocab_size: int) -> torch.Tensor:
+    """[R] int64. Greedy rows and drawn rows of one batch do not touch one another."""
+    device = blocks.values.device
+    drawing = np.flatnonzero(~rows.greedy)
+    if not len(drawing):
+        return greedy(blocks)
+    draws = Draws(
+        rows=drawing,
+        temperature=rows.temperature[drawing],
+        top_k=rows.top_k[drawing],
+        top_p=rows.top_p[drawing],
+        min_p=rows.min_p[drawing],
+        uniforms=uniforms(rows.seeds[drawing], rows.positions[drawing]),
+    )
+    drawn = draw(blocks, draws, vocab_size)
+    if len(drawing) == len(rows.slots):
+        return drawn
+    chosen = greedy(blocks)
+    chosen[torch.from_numpy(drawing).to(device)] = drawn
+    return chosen
+
+
+def _edits(rows: Rows, state: SamplingState) -> bool:
+    """Whether any stage may change these rows' logits."""
+    return any(
+        len(_members(rows.slots, kept))
+        for kept in (state.allowed, state.bad_words, state.stops, state.bias, state.penalties)
+    )
+
+
+def _edit(logits: torch.Tensor, rows: Rows, state: SamplingState, tokens: torch.Tensor) -> None:
+    """Masks, bias and penalties, in place on logits [R, V]."""
+    allowed = _members(rows.slots, state.allowed)
+    if len(allowed):
+        row, ids = _pairs(allowed, [state.allowed[slot] for slot in rows.slots[allowed].tolist()])
+        kept = logits[row, ids]
+        logits[torch.from_numpy(allowed).to(logits.device)] = -torch.inf
+        logits[row, ids] = kept
+    worded = _members(rows.slots, state.bad_words)
+    if len(worded):
+        _mask_bad_words(logits, worded, rows, state, tokens)
+    stopless = _members(rows.slots, state.stops)
+    stopless = stopless[state.below_min_tokens(rows)[stopless]]
+    if len(stopless):
+        logits[_pairs(stopless, [state.stops[slot] for slot in rows.slots[stopless].tolist()])] = -torch.inf
+    biased = _members(rows.slots, state.bias)
+    if len(biased):
+        biases = [state.bias[slot] for slot in rows.slots[biased].tolist()]
+        logits[_pairs(biased, [ids for ids, _ in biases])] += torch.cat([values for _, values in biases])
+    penalised = _members(rows.slots, state.penalties)
+    if len(penalised):
+        state.penalties.apply(logits, penalised, rows.slots[penalised])
+
+
+def _mask_bad_words(
+    logits: torch.Tensor, worded: np.ndarray, rows: Rows, state: SamplingState, tokens: torch.Tensor
+) -> None:
+    """Mask the last token of every bad word whose other tokens are the newest generated ones (prompt tokens do not
+    match).
+    """
+    for row in worded.tolist():  # rows with bad words only: each costs O(its bad words)
+        words = state.bad_words[int(rows.slots[row])]
+        possible = torch.from_numpy(words.lengths <= rows.num_output[row]).to(logits.device)
+        at = (int(rows.positions[row]) - words.back).clamp_(min=0)
+        newest = tokens[int(rows.slots[row])][at]
+        matches = possible & ((newest == words.want) | (words.want < 0)).all(dim=-1)
+        # Added, not assigned: one token may end several words, of which some match and some do not.
+        mask = torch.where(matches, -torch.inf, 0.0)
+        logits[row].index_add_(0, words.last, mask)
+
+
+def _members(slots: np.ndarray, kept: object) -> np.ndarray:
+    """[N] int64: the rows whose slot is in `kept`. No row is looked at when it is empty."""
+    if not kept:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero([slot in kept for slot in slots.tolist()])  # type: ignore[operator]
+
+
+def _pairs(rows: np.ndarray, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index pairs (row, token id) for lists of ids per row."""
+    row = torch.from_numpy(np.repeat(rows, [len(x) for x in ids]))
+    return row.to(ids[0].device), torch.cat(ids)
+
+
+def _select(logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """logits[rows], or logits itself where all rows are meant."""
+    if len(rows) == len(logits):
+        return logits
+    return logits[torch.from_numpy(rows).to(logits.device)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """Log probabilities of some rows of the batch. ks: as each row asked."""
+
+    rows: tuple[int, ...]
+    ks: tuple[int, ...]
+    logprobs: Logprobs
+
+
+def _take(raw: torch.Tensor, drawn: torch.Tensor, asking: np.ndarray, rows: Rows) -> tuple[_Taken, ...]:
+    """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary are taken apart."""
+    result = []
+    ks = rows.logprobs[asking]
+    for group in (np.flatnonzero(ks >= 0), np.flatnonzero(ks == -1)):
+        if len(group):
+            token_ids = _select(drawn, asking[group])
+            taken = take_logprobs(_select(raw, group), token_ids, int(ks[group].max()))
+            result.append(_Taken(tuple(asking[group].tolist()), tuple(ks[group].tolist()), taken))
+    return tuple(result)
+
+
+class _HostCopies:
+    """Tensors on their way to the host. On CUDA the copies are queued behind the draw at once, into pinned memory."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._done: torch.cuda.Event | None = None
+        if tensors[0].device.type != "cuda":
+            self._host = tensors
+            return
+        self._host = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors)
+        for host, device in zip(self._host, tensors, strict=True):
+            host.copy_(device, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
