@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         GPT2 | {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "n_inner": 40},
     ),
     "opt": ("OPTConfig", OPT | {"ffn_dim": 48}),
-    "opt-350m": ("OPTConfig", OPT | {"ffn_dim": 48, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt-350m": ("OPTConfig", OPT | {"ffn_dim": 16, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "opt-plain": (
         "OPTConfig",
         OPT
@@ -123,7 +123,7 @@ def model(name: str) -> PreTrainedModel:
                 elif parameter.dim() > 1:
                     parameter.normal_(0, 0.3)
                 elif path.endswith("bias"):  # a wide one in the last norm would choose the same token everywhere
-                    parameter.normal_(0, 0.05 if "norm" in path else 0.3)
+                    parameter.normal_(0, 0.05 if "norm" in path else 0.1)
                 else:
                     parameter.normal_(0.0 if gemma else 1.0, 0.2)
     made.config.architectures = [type(made).__name__]
