@@ -1,0 +1,223 @@
+"""Answers: a generation as the HTTP response to the client, whole or as server-sent events.
+
+Knows HTTP, time limits and clients that leave. What the bodies look like is a Dialect's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any, Protocol
+
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.cluster.ingress import replies
+from octavo.cluster.ingress.errors import TimedOut, failure
+from octavo.cluster.ingress.gate import Visit
+from octavo.cluster.ingress.generation import Generation, Piece
+from octavo.cluster.ingress.presence import ClientGone, stay
+from octavo.engine.errors import CapacityError
+
+logger = logging.getLogger(__name__)
+
+# A client that has not taken the end of its stream after this long is cut off.
+LAST_EVENTS_S = 300.0
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # tells nginx not to collect events
+]
+
+
+class Dialect(Protocol):
+    """One endpoint's shapes. Made for one request; `chunks` is called with its pieces in order, `whole` once."""
+
+    def opening(self) -> Iterable[dict[str, Any]]:
+        """What a stream sends before any token."""
+        ...
+
+    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]: ...
+
+    def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]: ...
+
+    def whole(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+        """`pieces[i]` is all of choice i."""
+        ...
+
+
+class Places:
+    """The requests in progress here, of which there may be so many."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.ongoing = 0
+        self._limit = limit
+
+    def check(self) -> None:
+        """Raises CapacityError if none is free."""
+        if self._limit is not None and self.ongoing >= self._limit:
+            raise CapacityError(f"The server is busy with {self.ongoing} requests; try again later.")
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        self.check()
+        self.ongoing += 1
+        try:
+            yield
+        finally:
+            self.ongoing -= 1
+
+
+class _Answer(Response):
+    """A response that does its work when it is sent: then it knows of the client's leaving. Errors before the first byte
+    are raised, for the gate to answer."""
+
+    def __init__(
+        self, generation: Generation, dialect: Dialect, visit: Visit, places: Places, timeout_s: float | None
+    ) -> None:
+        self.generation = generation
+        self.dialect = dialect
+        self.visit = visit
+        self.places = places
+        self.timeout_s = timeout_s
+        self.background: BackgroundTask | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Writes into the access record, at the end, what came of the generation."""
+        record, generation = self.visit.record, self.generation
+        try:
+            yield
+            record.outcome = generation.choices[-1].finish_reason
+        except ClientGone:
+            record.outcome = "client gone"
+            raise
+        except Exception as error:
+            record.outcome = type(error).__name__
+            raise
+        finally:
+            record.prompt_tokens = generation.num_prompt_tokens
+            record.completion_tokens = generation.num_completion_tokens
+            record.ttft_s = generation.ttft_s
+
+    @asynccontextmanager
+    async def limits(self, receive: Receive) -> AsyncIterator[None]:
+        """The client is there and time is left; else ClientGone or TimedOut."""
+        left = None
+        if self.timeout_s is not None:
+            left = self.visit.arrival_time + self.timeout_s - time.monotonic()
+        try:
+            async with asyncio.timeout(left), stay(receive):
+                yield
+        except TimeoutError:
+            raise TimedOut(f"The request took longer than the {self.timeout_s:g} s allowed.") from None
+
+
+class WholeAnswer(_Answer):
+    """One JSON body when all is done."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts: list[list[Piece]] = [[] for _ in self.generation.choices]
+        with self.places.taken(), self.recorded():
+            async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
+                async for piece in pieces:
+                    parts[piece.index].append(piece)
+        body = self.dialect.whole([join(part) for part in parts], self.generation.usage())
+        await Response(replies.to_json(body), media_type="application/json")(scope, receive, send)
+
+
+class StreamedAnswer(_Answer):
+    """Server-sent events: one per piece, as it comes, and `[DONE]`.
+
+    The status line waits for the first piece (for `early_errors_s` at most), so that a request the engine refuses gets
+    its 4xx. Later errors are an event of their own. While a slow client does not read, tokens pile up in the mailbox, where
+    they merge.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        dialect: Dialect,
+        visit: Visit,
+        places: Places,
+        timeout_s: float | None,
+        *,
+        early_errors_s: float,
+        include_usage: bool,
+    ) -> None:
+        super().__init__(generation, dialect, visit, places, timeout_s)
+        self.early_errors_s = early_errors_s
+        self.include_usage = include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = _Stream(send, [replies.event(chunk) for chunk in self.dialect.opening()])
+        opener = asyncio.create_task(stream.open_after(self.early_errors_s))
+        try:
+            with self.places.taken(), self.recorded():
+                async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
+                    async for piece in pieces:
+                        await stream.send([replies.event(chunk) for chunk in self.dialect.chunks(piece)])
+                    if self.include_usage:
+                        await stream.send([replies.event(self.dialect.last_chunk(self.generation.usage()))])
+        except Exception as error:
+            if not stream.opened or isinstance(error, ClientGone):
+                raise
+            refused = failure(error)
+            if refused.status >= 500:
+                logger.error("request %s failed in its stream", self.visit.request_id, exc_info=error)
+            await stream.end([replies.event(refused.body), replies.DONE])
+        else:
+            await stream.end([replies.DONE])
+        finally:
+            opener.cancel()
+
+
+class _Stream:
+    """The sending side of an event stream, begun by whoever is first: a piece, or a timer."""
+
+    def __init__(self, send: Send, opening: Sequence[bytes]) -> None:
+        self.opened = False
+        self._send = send
+        self._opening = opening
+        self._lock = asyncio.Lock()
+
+    async def open_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._open()
+
+    async def send(self, events: Sequence[bytes]) -> None:
+        await self._open()
+        if events:
+            await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+
+    async def end(self, events: Sequence[bytes]) -> None:
+        """The last events. A client that does not read them in time is cut off."""
+        async with asyncio.timeout(LAST_EVENTS_S):
+            await self._open()
+            await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": False})
+
+    async def _open(self) -> None:
+        async with self._lock:
+            if self.opened:
+                return
+            self.opened = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            await self._send({"type": "http.response.body", "body": b"".join(self._opening), "more_body": True})
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """The pieces of one choice, in order, as one."""
+    first, last = pieces[0], pieces[-1]
+    return Piece(
+        index=first.index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        first=True,
+    )

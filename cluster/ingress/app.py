@@ -1,0 +1,198 @@
+"""The HTTP application: paths, and what is put around them. Reads as a list.
+
+`create_app` is all that others need. Knows engines only as an EngineClient: it runs under uvicorn, in a test without a
+socket, or in a Serve deployment alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from octavo.cluster.ingress import replies
+from octavo.cluster.ingress.client import EngineClient, ReplicaLost
+from octavo.cluster.ingress.errors import TimedOut, failure
+from octavo.cluster.ingress.gate import Gate, Visit
+from octavo.cluster.ingress.prompts import check_ids
+from octavo.cluster.ingress.protocol import (
+    AnyBody,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    parse,
+)
+from octavo.cluster.ingress.service import Service
+from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.observability.metrics import CONTENT_TYPE
+from octavo.engine.errors import NotFoundError, RequestError
+from octavo.engine.text.tokenizer import Tokenizer
+
+BODIES: Mapping[str, type[Body]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+BODY_S = 120.0  # how long a client may take to send its body
+PARSE_IN_THREAD_BYTES = 1 << 17
+
+
+def create_app(settings: IngressSettings, client: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+    """The ASGI application that serves one model. Its Service is at `app.state.service`."""
+    service = Service(settings, client, tokenizer)
+    app = FastAPI(title="octavo", version=octavo_version(), redirect_slashes=False)
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_middleware(Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
+    _generation_paths(app, service)
+    _token_paths(app, service)
+    _model_paths(app, service)
+    _operator_paths(app, service)
+    _describe_bodies(app)
+    return app
+
+
+def _generation_paths(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        """Continue a prompt (OpenAI's completions)."""
+        return await service.complete(await _read(CompletionBody, request), _visit(request))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation (OpenAI's chat completions)."""
+        return await service.chat(await _read(ChatBody, request), _visit(request))
+
+
+def _token_paths(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """A text's tokens, or a conversation's as the model would get it."""
+        body = await _read(TokenizeBody, request)
+        service.check(body)
+        return _json(await service.tokenize(body))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens."""
+        body = await _read(DetokenizeBody, request)
+        service.check(body)
+        info = await service.info()
+        check_ids(body.tokens, info.vocab_size, "tokens")
+        text = await asyncio.to_thread(service.tokenizer.decode, tuple(body.tokens), skip_special_tokens=False)
+        return _json({"prompt": text})
+
+
+def _model_paths(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The names under which the model is served."""
+        return _json(
+            {"object": "list", "data": [await service.model(name) for name in service.settings.served_model_names]}
+        )
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name not in service.settings.served_model_names:
+            raise NotFoundError(f"The model {name[:256]!r} is not served here.", "model")
+        return _json(await service.model(name))
+
+
+def _operator_paths(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while an engine answers, else 503."""
+        await service.stats()
+        return Response(status_code=200)
+
+    @app.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
+    async def ping() -> Response:
+        """The same, under the name SageMaker knows."""
+        await service.stats()
+        return Response(status_code=200)
+
+    @app.get("/version")
+    async def show_version() -> Response:
+        return _json({"version": octavo_version()})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        try:
+            engines = await service.stats()
+        except ReplicaLost:
+            engines = []  # what the ingress has counted is worth showing in any case
+        return Response((await service.metrics()).exposition(engines), media_type=CONTENT_TYPE)
+
+
+def octavo_version() -> str:
+    try:
+        return version("octavo")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "unknown"
+
+
+async def _read(kind: type[AnyBody], request: Request) -> AnyBody:
+    try:
+        async with asyncio.timeout(BODY_S):
+            data = await request.body()
+    except TimeoutError:
+        raise TimedOut(f"The request body did not arrive within {BODY_S:g} s.") from None
+    if len(data) > PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(parse, kind, data)
+    return parse(kind, data)
+
+
+def _visit(request: Request) -> Visit:
+    visit: Visit = request.scope["octavo.visit"]
+    return visit
+
+
+def _json(body: Mapping[str, Any]) -> Response:
+    return Response(replies.to_json(body), media_type="application/json")
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    refused = failure(error)
+    return Response(replies.to_json(refused.body), refused.status, dict(refused.headers), "application/json")
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put the request bodies, which the paths read themselves, into the OpenAPI document."""
+    _, definitions = models_json_schema(
+        [(kind, "validation") for kind in BODIES.values()], ref_template="#/components/schemas/{model}"
+    )
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            for path, kind in BODIES.items():
+                schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+                document["paths"][path]["post"]["requestBody"] = {
+                    "required": True,
+                    "content": {"application/json": {"schema": schema}},
+                }
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document

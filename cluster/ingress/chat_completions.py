@@ -1,0 +1,98 @@
+"""The shapes of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from octavo.cluster.ingress.generation import Generation, Piece
+from octavo.cluster.ingress.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from octavo.cluster.ingress.protocol import ChatBody
+
+
+class ChatDialect:
+    def __init__(
+        self,
+        body: ChatBody,
+        generation: Generation,
+        names: TokenNames,
+        *,
+        answer_id: str,
+        model: str,
+        created: int,
+    ) -> None:
+        self._body = body
+        self._generation = generation
+        self._names = names
+        self._answer_id = answer_id
+        self._model = model
+        self._created = created
+        options = body.stream_options
+        self._usage_null = bool(options and options.include_usage)
+        self._usage_always = bool(options and options.continuous_usage_stats)
+        # echo gives back what the answer continues, so that the client has the turn as one text
+        self._echo = body.messages[-1].text if body.echo and body.continue_final_message else ""
+
+    def opening(self) -> Iterable[dict[str, Any]]:
+        for index in range(len(self._generation.choices)):
+            yield self._chunk(index, {"role": "assistant", "content": self._echo})
+
+    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        if piece.text or piece.logprobs or (self._body.return_token_ids and piece.token_ids):
+            chunk = self._chunk(piece.index, {"content": piece.text})
+            choice = chunk["choices"][0]
+            choice["logprobs"] = self._logprobs(piece)
+            if self._body.return_token_ids:
+                choice["token_ids"] = list(piece.token_ids)
+                if piece.first:
+                    chunk["prompt_token_ids"] = list(self._generation.prompts[0].token_ids)
+            yield chunk
+        if piece.finish_reason is not None:
+            chunk = self._chunk(piece.index, {})
+            chunk["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+            yield chunk
+
+    def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+
+    def whole(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+        reply = {
+            **self._head("chat.completion"),
+            "choices": [self._choice(piece) for piece in pieces],
+            "usage": usage,
+        }
+        if self._body.return_token_ids:
+            reply["prompt_token_ids"] = list(self._generation.prompts[0].token_ids)
+        if self._body.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = prompt_logprobs(self._generation.prompt_logprobs[0], self._names)
+        return reply
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": piece.index,
+            "message": {"role": "assistant", "content": self._echo + piece.text, "refusal": None},
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(piece.token_ids)
+        return choice
+
+    def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self._usage_always:
+            chunk["usage"] = self._generation.usage()
+        elif self._usage_null:
+            chunk["usage"] = None
+        return chunk
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return chat_logprobs(piece.logprobs, self._body.top_logprobs or 0, self._names, as_ids)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}

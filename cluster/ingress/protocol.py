@@ -1,0 +1,277 @@
+"""The bodies of requests: OpenAI's fields and vLLM's additions, their types, and what of them is not supported yet.
+
+Types are strict (no number in quotes); null means "not given". Ranges of sampling values are `SamplingParams`' business, and
+what needs the model (context length, vocabulary) is checked by whoever has it. A field that asks for something octavo
+cannot do yet is refused, by name; a field nobody knows is accepted and reported by `unknown_fields`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+
+from octavo.engine.errors import RequestError
+
+# Field → what it asks for, and the values besides null, false and empty ones that ask for nothing.
+NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "tools": ("Tool calling", ()),
+    "tool_choice": ("Tool calling", ("none", "auto")),
+    "functions": ("Tool calling", ()),
+    "function_call": ("Tool calling", ("none", "auto")),
+    "response_format": ("Structured output", ({"type": "text"},)),
+    "structured_outputs": ("Structured output", ()),
+    "guided_json": ("Structured output", ()),
+    "guided_regex": ("Structured output", ()),
+    "guided_choice": ("Structured output", ()),
+    "guided_grammar": ("Structured output", ()),
+    "guided_json_object": ("Structured output", ()),
+    "guided_decoding_backend": ("Structured output", ()),
+    "guided_whitespace_pattern": ("Structured output", ()),
+    "structural_tag": ("Structured output", ()),
+    "include_reasoning": ("Reasoning", (True,)),
+    "reasoning": ("Reasoning", ()),
+    "reasoning_effort": ("Reasoning", ()),
+    "thinking_token_budget": ("Reasoning", ()),
+    "use_beam_search": ("Beam search", ()),
+    "length_penalty": ("Beam search", (1, 1.0)),
+    "early_stopping": ("Beam search", ()),
+    "modalities": ("Output other than text", (["text"],)),
+    "audio": ("Output other than text", ()),
+    "media_io_kwargs": ("Input other than text", ()),
+    "mm_processor_kwargs": ("Input other than text", ()),
+    "prompt_embeds": ("Input other than text", ()),
+    "web_search_options": ("Web search", ()),
+    "prediction": ("Predicted output", ()),
+    "kv_transfer_params": ("KV transfer by request", ()),
+    "ec_transfer_params": ("KV transfer by request", ()),
+    "vllm_xargs": ("Extra engine arguments", ()),
+    "logits_processors": ("Logits processors by request", ()),
+    "logprob_token_ids": ("Logprobs of chosen tokens", ()),
+    "prompt_logprob_token_ids": ("Logprobs of chosen tokens", ()),
+    "repetition_detection": ("Repetition detection", ()),
+    "watermarking": ("Watermarking", ()),
+    "stream_interval": ("A stream interval", (1,)),
+    "return_prompt_text": ("Returning the prompt's text", ()),
+    "return_token_offsets": ("Returning token offsets", ()),
+    "return_weight_versions": ("Returning weight versions", ()),
+    "return_mm_kwargs": ("Returning multimodal inputs", ()),
+    "return_routed_experts": ("Returning routed experts", ()),
+}
+# Fields that are for the provider's books, or have no effect where nothing calls tools.
+WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "user",
+    }
+)
+# Types of content parts that are text, and where they have it.
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+def _one_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """`prompt` in any of its four forms, as a tuple of texts and token id sequences."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
+    if not value:
+        raise ValueError("must not be empty")
+    if _is_ids(value):
+        return (tuple(value),)
+    if not all(isinstance(item, str) for item in value) and not all(_is_ids(item) for item in value):
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
+    return tuple(item if isinstance(item, str) else tuple(item) for item in value)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _content(value: Any) -> str | list[Any] | None:
+    """A message's content: a text, or parts that are text."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of parts")
+    for part in value:
+        if isinstance(part, str):
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError("must be a string or a list of parts, each with a type")
+        if kind not in TEXT_PARTS:
+            raise ValueError(f"has a part of type {kind!r}, which is not supported yet: only text is")
+        if not isinstance(part.get(TEXT_PARTS[kind]), str):
+            raise ValueError(f"has a part of type {kind!r} without a string {TEXT_PARTS[kind]!r}")
+    return value
+
+
+Prompts = Annotated[
+    tuple[str | tuple[int, ...], ...],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Content = Annotated[
+    str | list[Any] | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]] | None)
+]
+Texts = Annotated[list[str] | None, BeforeValidator(_one_as_list, json_schema_input_type=str | list[str] | None)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    model: str | None = None
+
+    def unknown_fields(self) -> list[str]:
+        """Names of fields that no code reads. Raises RequestError for those that ask for what octavo cannot do yet."""
+        unknown = []
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_YET:
+                feature, harmless = NOT_YET[name]
+                if value not in (None, False, "", [], {}) and value not in harmless:
+                    raise RequestError(f"{feature} is not supported yet: {name} must be left out.", name)
+            elif name not in WITHOUT_EFFECT:
+                unknown.append(name)
+        return unknown
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Body):
+    """What completions and chat completions have in common."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Texts = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompts
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class Message(BaseModel):
+    """One turn. Further fields go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if not isinstance(self.content, list):
+            return self.content or ""
+        return "\n".join(part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]] for part in self.content)
+
+
+class TemplateFields(Body):
+    """How messages become a prompt."""
+
+    messages: list[Message]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+
+class ChatBody(GenerationBody, TemplateFields):
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class TokenizeBody(Body):
+    """A text (`prompt`) or a conversation (`messages`), never both."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    tokens: list[int]
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
+    """The body in `data` (JSON). Raises RequestError naming the first field that is wrong."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return RequestError(f"The body is not valid JSON: {first.get('ctx', {}).get('error', 'syntax error')}.")
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else part
+    if not param:
+        return RequestError("The body must be a JSON object.")
+    if first["type"] == "missing":
+        return RequestError(f"{param} is required.", param)
+    if first["type"] == "value_error":
+        return RequestError(f"{param} {first['ctx']['error']}.", param)
+    return RequestError(f"{param}: {first['msg']}.", param)

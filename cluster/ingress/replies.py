@@ -1,0 +1,46 @@
+"""The bodies of answers, in OpenAI's shapes, and their JSON.
+
+Plain functions from values to dicts. That they match the `openai` package's types is tested, not imported: the import takes
+half a second at start-up, and building its objects per chunk costs more than the whole rest of a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+# JSON has no infinities; vLLM uses the same floor.
+LOWEST_LOGPROB = -9999.0
+
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(body: Mapping[str, Any]) -> bytes:
+    # surrogatepass never happens for text of ours; "replace" keeps a client's odd header or name from becoming a 500
+    return _encode(body).encode("utf-8", "replace")
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(body) + b"\n\n"
+
+
+def finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) and logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def error(message: str, kind: str, param: str | None, code: str | int | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,109 @@
+"""From a request body to SamplingParams: names, defaults, and what the context has room for."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TypeVar
+
+from octavo.cluster.ingress.protocol import ChatBody, CompletionBody, GenerationBody
+from octavo.cluster.ingress.settings import SamplingDefaults
+from octavo.engine.errors import RequestError
+from octavo.engine.params import MAX_LOGPROBS, SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+T = TypeVar("T")
+
+
+def sampling_params(
+    body: GenerationBody, defaults: SamplingDefaults, prompt_tokens: int, context: int
+) -> SamplingParams:
+    """How to sample for a prompt of `prompt_tokens` tokens in a context of `context` tokens; the seed is drawn if none is given.
+
+    Raises RequestError for a value out of range.
+    """
+    logprobs = _logprobs(body)
+    prompt_logprobs = body.prompt_logprobs
+    if isinstance(body, CompletionBody) and body.echo and logprobs is not None and prompt_logprobs is None:
+        prompt_logprobs = logprobs
+    _check_top("prompt_logprobs", prompt_logprobs)
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError("prompt_logprobs cannot be streamed.", "prompt_logprobs")
+    params = SamplingParams(
+        n=_or(body.n, 1),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, _or(defaults.repetition_penalty, 1.0)),
+        temperature=_or(body.temperature, _or(defaults.temperature, 1.0)),
+        top_p=_or(body.top_p, _or(defaults.top_p, 1.0)),
+        top_k=_or(body.top_k, _or(defaults.top_k, 0)),
+        min_p=_or(body.min_p, _or(defaults.min_p, 0.0)),
+        seed=body.seed,
+        stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        max_tokens=_max_tokens(body, defaults, prompt_tokens, context),
+        min_tokens=_or(body.min_tokens, 0),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        skip_special_tokens=_or(body.skip_special_tokens, True),
+        spaces_between_special_tokens=_or(body.spaces_between_special_tokens, True),
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        logit_bias={} if not body.logit_bias else body.logit_bias,  # type: ignore[arg-type]  # keys become ints there
+        allowed_token_ids=_allowed(body.allowed_token_ids),
+        bad_words=tuple(body.bad_words or ()),
+    )
+    return params if params.seed is not None else params.replace(seed=secrets.randbits(63))
+
+
+def only_scores(body: GenerationBody) -> bool:
+    """Whether the client wants its prompt back (echo with max_tokens 0) and nothing generated."""
+    return isinstance(body, CompletionBody) and bool(body.echo) and body.max_tokens == 0
+
+
+def _max_tokens(body: GenerationBody, defaults: SamplingDefaults, prompt_tokens: int, context: int) -> int:
+    room = context - prompt_tokens
+    name, asked = "max_tokens", body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        name, asked = "max_completion_tokens", body.max_completion_tokens
+    if asked is None:
+        default = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionBody) else _or(defaults.max_new_tokens, room)
+        return max(min(room, default), min(room, _or(body.min_tokens, 0)))
+    if only_scores(body):
+        return 1  # the engine draws at least one; it is dropped
+    if asked < 1:
+        raise RequestError(f"{name} must be an integer of at least 1, got {asked}.", name)
+    if asked > room:
+        raise RequestError(
+            f"The context is {context} tokens long, but {prompt_tokens + asked} were asked for: {prompt_tokens} of the prompt "
+            f"and {name} = {asked}.",
+            name,
+        )
+    return asked
+
+
+def _logprobs(body: GenerationBody) -> int | None:
+    """The number of top candidates per token, or None for no logprobs at all."""
+    if isinstance(body, ChatBody):
+        if body.top_logprobs is not None:
+            if not body.logprobs:
+                raise RequestError("top_logprobs needs logprobs to be true.", "top_logprobs")
+            _check_top("top_logprobs", body.top_logprobs)
+        return _or(body.top_logprobs, 0) if body.logprobs else None
+    assert isinstance(body, CompletionBody), type(body)
+    _check_top("logprobs", body.logprobs)
+    return body.logprobs
+
+
+def _check_top(name: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise RequestError(f"{name} must be an integer between 0 and {MAX_LOGPROBS}, got {value}.", name)
+
+
+def _allowed(ids: list[int] | None) -> tuple[int, ...]:
+    if ids is not None and not ids:
+        raise RequestError("allowed_token_ids must not be empty: nothing could be drawn.", "allowed_token_ids")
+    return tuple(ids or ())
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value

@@ -1,0 +1,214 @@
+"""Service: from a parsed request body to the answer object that will carry it out. What the endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+from octavo.cluster.ingress.answers import Dialect, Places, StreamedAnswer, WholeAnswer
+from octavo.cluster.ingress.chat_completions import ChatDialect
+from octavo.cluster.ingress.client import EngineClient, ReplicaLost
+from octavo.cluster.ingress.completions import CompletionDialect
+from octavo.cluster.ingress.gate import Visit
+from octavo.cluster.ingress.generation import Generation
+from octavo.cluster.ingress.logprobs import TokenNames
+from octavo.cluster.ingress.prompts import Prompt, PromptMaker
+from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from octavo.cluster.ingress.sampling import sampling_params
+from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.observability.metrics import IngressMetrics
+from octavo.engine.errors import CapacityError, NotFoundError, RequestError
+from octavo.engine.text.bad_words import bad_words_token_ids
+from octavo.engine.text.tokenizer import Tokenizer
+from octavo.engine.types import EngineInfo, EngineStats, Request
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ENGINE_ANSWER_S = 10.0  # how long an engine may take to say what it is or how it does
+MAX_PRIORITY = 2**31 - 1
+MAX_NAME_CHARS = 256
+_KNOWN_UNKNOWN_FIELDS = 1000  # names remembered, so that a client which invents names cannot fill memory
+
+
+class Service:
+    """One model behind one ingress. Lives on one event loop."""
+
+    def __init__(self, settings: IngressSettings, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self.settings = settings
+        self.client = client
+        self.tokenizer = tokenizer
+        self.names = TokenNames(tokenizer)
+        self.prompts = PromptMaker(settings, tokenizer)
+        self.places = Places(settings.max_ongoing_requests)
+        self._info: EngineInfo | None = None
+        self._metrics: IngressMetrics | None = None
+        self._reported: set[str] = set()
+
+    async def info(self) -> EngineInfo:
+        """Asked of the engines once; they are all equal and do not change."""
+        if self._info is None:
+            self._info = await self._soon(self.client.info())
+        return self._info
+
+    async def metrics(self) -> IngressMetrics:
+        info = await self.info()
+        if self._metrics is None:
+            self._metrics = IngressMetrics(self.settings.served_model_names[0], info.max_model_len)
+        return self._metrics
+
+    async def stats(self) -> list[EngineStats]:
+        """A snapshot of each replica. Raises ReplicaLost if none answers in time."""
+        engines = await self._soon(self.client.stats())
+        if not engines:
+            raise ReplicaLost("No engine is running.")
+        return engines
+
+    def check(self, body: Body) -> None:
+        """What holds for every body: a model that is served here, and no field that asks for what is not there."""
+        names = self.settings.served_model_names
+        if body.model is not None and body.model not in names:
+            raise NotFoundError(
+                f"The model {body.model[:MAX_NAME_CHARS]!r} is not served here; {names[0]!r} is.", "model"
+            )
+        unknown = body.unknown_fields()
+        if unknown and self._metrics is not None:
+            self._metrics.ignored_fields(len(unknown))
+        for name in unknown:
+            if name not in self._reported and len(self._reported) < _KNOWN_UNKNOWN_FIELDS:
+                self._reported.add(name)
+                logger.warning("requests have an unknown field %r: it has no effect", name[:MAX_NAME_CHARS])
+
+    async def complete(self, body: CompletionBody, visit: Visit) -> Response:
+        info = await self._admit(body)
+        if body.suffix:
+            raise RequestError("suffix is not supported: the models served here cannot fill in the middle.", "suffix")
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise RequestError("best_of other than n is not supported.", "best_of")
+        self._check_choices(len(body.prompt) * (body.n or 1))
+        prompts = await self.prompts.of_completion(body, info.max_model_len, info.vocab_size)
+        answer_id = f"cmpl-{body.request_id or visit.request_id}"
+        generation = await self._generation(body, prompts, answer_id, visit, info)
+        texts = [await self._text(prompt) for prompt in prompts] if body.echo else []
+        dialect = CompletionDialect(
+            body, generation, texts, self.names, answer_id=answer_id, model=self._model, created=int(time.time())
+        )
+        return self._answer(body, generation, dialect, visit)
+
+    async def chat(self, body: ChatBody, visit: Visit) -> Response:
+        info = await self._admit(body)
+        self._check_choices(body.n or 1)
+        prompt = await self.prompts.of_chat(body, body, info.max_model_len)
+        answer_id = f"chatcmpl-{body.request_id or visit.request_id}"
+        generation = await self._generation(body, [prompt], answer_id, visit, info)
+        dialect = ChatDialect(
+            body, generation, self.names, answer_id=answer_id, model=self._model, created=int(time.time())
+        )
+        return self._answer(body, generation, dialect, visit)
+
+    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        info = await self.info()
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("Either prompt or messages must be given.", "prompt")
+        if body.prompt is not None:
+            ids = await self.prompts.encode(body.prompt, body.add_special_tokens is not False)
+        else:
+            ids = await self.prompts.encode(await self.prompts.render(body), bool(body.add_special_tokens))
+        strings = [self.names.text(token) for token in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": info.max_model_len, "tokens": list(ids), "token_strs": strings}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The entry of /v1/models for `name`."""
+        info = await self.info()
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.settings.created,
+            "owned_by": "octavo",
+            "root": self.settings.model_source or info.model,
+            "parent": None,
+            "max_model_len": info.max_model_len,
+        }
+
+    @property
+    def _model(self) -> str:
+        return self.settings.served_model_names[0]
+
+    async def _admit(self, body: GenerationBody) -> EngineInfo:
+        metrics = await self.metrics()
+        self.check(body)
+        try:
+            self.places.check()
+        except CapacityError:
+            metrics.rejected("max_ongoing_requests")
+            raise
+        for name, value in (("cache_salt", body.cache_salt), ("request_id", body.request_id)):
+            if value is not None and not 0 < len(value) <= MAX_NAME_CHARS:
+                raise RequestError(f"{name} must be a string of 1 to {MAX_NAME_CHARS} characters.", name)
+        if body.priority is not None and abs(body.priority) > MAX_PRIORITY:
+            raise RequestError(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}.", "priority")
+        if body.stream_options is not None and not body.stream:
+            raise RequestError("stream_options needs stream to be true.", "stream_options")
+        return await self.info()
+
+    def _check_choices(self, choices: int) -> None:
+        if choices > self.settings.max_choices:
+            raise RequestError(
+                f"The request asks for {choices} sequences (prompts × n); at most {self.settings.max_choices} are allowed.",
+                "n",
+            )
+
+    async def _generation(
+        self, body: GenerationBody, prompts: Sequence[Prompt], answer_id: str, visit: Visit, info: EngineInfo
+    ) -> Generation:
+        requests = []
+        for number, prompt in enumerate(prompts):
+            params = sampling_params(body, self.settings.defaults, len(prompt.token_ids), info.max_model_len)
+            params.check_vocab(info.vocab_size)
+            requests.append(
+                Request(
+                    # Clients may repeat their ids; the engine's must be unique.
+                    request_id=f"{answer_id}-{number}-{secrets.token_hex(4)}",
+                    prompt_token_ids=prompt.token_ids,
+                    params=params,
+                    priority=body.priority or 0,
+                    cache_salt=body.cache_salt,
+                    arrival_time=visit.arrival_time,
+                    bad_words_token_ids=bad_words_token_ids(self.tokenizer, params.bad_words)
+                    if params.bad_words
+                    else (),
+                )
+            )
+        metrics = await self.metrics()
+        return Generation(self.client, self.tokenizer, metrics, prompts, requests, visit.arrival_time)
+
+    def _answer(self, body: GenerationBody, generation: Generation, dialect: Dialect, visit: Visit) -> Response:
+        timeout_s = self.settings.request_timeout_s
+        if not body.stream:
+            return WholeAnswer(generation, dialect, visit, self.places, timeout_s)
+        return StreamedAnswer(
+            generation,
+            dialect,
+            visit,
+            self.places,
+            timeout_s,
+            early_errors_s=self.settings.early_errors_s,
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )
+
+    async def _soon(self, answer: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(answer, ENGINE_ANSWER_S)
+        except TimeoutError:
+            raise ReplicaLost(f"No engine has answered for {ENGINE_ANSWER_S:g} s.") from None
+
+    async def _text(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return await asyncio.to_thread(self.tokenizer.decode, prompt.token_ids, skip_special_tokens=False)
