@@ -26,9 +26,12 @@ class Linear(Layer):
         self.method.create(self, (out, input.size), rule)
         self.bias = Weight((out,), ShardRule(axis=0, parts=parts), ctx.dtype, ctx.device) if bias else None
 
+    def expects(self) -> dict[str, Weight]:
+        return self.method.expects(self) | ({} if self.bias is None else {"bias": self.bias})
+
     def load(self, name: str, part: str | None, tensor: torch.Tensor) -> None:
-        if name == "bias":
-            super().load(name, part, tensor)
+        if name == "bias" and self.bias is not None:
+            self.bias.fill(part, tensor)
         else:
             self.method.load(self, name, part, tensor)
 

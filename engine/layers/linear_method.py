@@ -16,8 +16,11 @@ class LinearMethod(Protocol):
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
         """Register the parameters that will hold the layer's weight, [out, in] on this rank."""
 
+    def expects(self, layer: Any) -> dict[str, Weight]:
+        """See `Layer.expects`, without the bias, which is the layer's own."""
+
     def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor) -> None:
-        """Take one checkpoint tensor: the parameter called `name`, of `part` (None: all parts, in order)."""
+        """Take one checkpoint tensor that `expects` names, of `part` (None: all parts, in order)."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x: [T, in] → [T, out], in x's dtype."""
@@ -29,8 +32,11 @@ class Unquantized:
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
         layer.weight = Weight(shape, rule, layer.dtype, layer.device)
 
+    def expects(self, layer: Any) -> dict[str, Weight]:
+        return {"weight": layer.weight}
+
     def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor) -> None:
-        getattr(layer, name).fill(part, tensor)
+        layer.weight.fill(part, tensor)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, layer.weight, bias)

@@ -87,8 +87,11 @@ class Weight(nn.Parameter):
 class Layer(nn.Module):
     """A module that owns Weights. `load` is the one door through which checkpoint tensors reach them."""
 
+    def expects(self) -> dict[str, Weight]:
+        """Last name of each checkpoint tensor the layer must get → the Weight that states its parts and shape."""
+        found = self.named_parameters(recurse=False)
+        return {name: weight for name, weight in found if isinstance(weight, Weight)}
+
     def load(self, name: str, part: str | None, tensor: torch.Tensor) -> None:
-        """Fill a part (None: all parts, in order) of the Weight called `name`. Raises ConfigError on a wrong shape."""
-        weight = getattr(self, name)
-        assert isinstance(weight, Weight), f"{name} of {type(self).__name__} is not a Weight"
-        weight.fill(part, tensor)
+        """Take the tensor `name`, of a part or (None) of all parts in order. Raises ConfigError on a wrong shape."""
+        self.expects()[name].fill(part, tensor)

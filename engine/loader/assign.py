@@ -13,7 +13,7 @@ import torch
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
-from octavo.engine.layers.weight import Layer, Weight
+from octavo.engine.layers.weight import Layer
 
 HEAD = "lm_head"
 Slot = tuple[str, str, str]  # module path, weight name, part name
@@ -61,7 +61,7 @@ def init_dummy(model: CausalLM, seed: int) -> None:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
     for module, weight, part in _slots(layers):
         layer = layers[module]
-        parameter = getattr(layer, weight)
+        parameter = layer.expects()[weight]
         if weight == "bias":
             continue
         if isinstance(layer, (RMSNorm, LayerNorm)):
@@ -69,7 +69,8 @@ def init_dummy(model: CausalLM, seed: int) -> None:
             continue
         generator = torch.Generator(parameter.device)
         generator.manual_seed(zlib.crc32(f"{seed} {module} {weight} {part}".encode()))
-        tensor = torch.empty(parameter.source_shape(part), dtype=parameter.dtype, device=parameter.device)
+        dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+        tensor = torch.empty(parameter.source_shape(part), dtype=dtype, device=parameter.device)
         layer.load(weight, part, tensor.normal_(0, 0.02, generator=generator))
 
 
@@ -78,16 +79,17 @@ def _slots(layers: dict[str, Layer]) -> list[Slot]:
     return [
         (path, name, part.name)
         for path, layer in layers.items()
-        for name, weight in layer.named_parameters(recurse=False)
-        if isinstance(weight, Weight)
+        for name, weight in layer.expects().items()
         for part in weight.rule.parts
     ]
 
 
 def _claimed(layers: dict[str, Layer], target: WeightTarget) -> list[Slot]:
     """The slots a tensor would fill; empty when there is no such weight."""
-    weight = getattr(layers.get(target.module), target.weight, None)
-    if not isinstance(weight, Weight):
+    if target.module not in layers:
+        return []
+    weight = layers[target.module].expects().get(target.weight)
+    if weight is None:
         return []
     return [(target.module, target.weight, part.name) for part in weight.parts(target.part)]
 

@@ -1,12 +1,15 @@
 """Loading: every parameter filled, every tensor used or ignored, and one sentence for whatever is wrong."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from octavo.engine.errors import ConfigError
+from octavo.engine.layers.linear_method import Unquantized
+from octavo.engine.layers.weight import Weight
 from octavo.engine.loader.assign import init_dummy, load_weights
 from octavo.engine.models.registry import build_model
 
@@ -60,9 +63,7 @@ def test_bytes_are_reported_and_casts_made():
 
 def test_gemma_norms_are_folded_in_float32():
     tensors = state("gemma2")
-    ctx = context()
-    object.__setattr__(ctx, "dtype", torch.bfloat16)
-    model = build_model(tiny.model("gemma2").config, ctx)
+    model = build_model(tiny.model("gemma2").config, replace(context(), dtype=torch.bfloat16))
     load_weights(model, tensors.items())
     assert model.norm.weight.dtype == torch.float32
     assert torch.equal(model.norm.weight, tensors["model.norm.weight"] + 1)
@@ -117,3 +118,36 @@ def test_dummy_weights_follow_the_seed():
     assert first.isfinite().all()
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+class StoredInHalf:
+    """A number format of its own: weights are kept in bfloat16 under another name, and computed with in float32."""
+
+    def create(self, layer, shape, rule):
+        layer.stored = Weight(shape, rule, torch.bfloat16, layer.device)
+
+    def expects(self, layer):
+        return {"weight": layer.stored}
+
+    def load(self, layer, name, part, tensor):
+        assert name == "weight"
+        layer.stored.fill(part, tensor)
+
+    def apply(self, layer, x, bias):
+        return torch.nn.functional.linear(x, layer.stored.float(), bias)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2"])
+def test_a_linear_method_replaces_every_linear_weight(name):
+    """Model files know nothing of it: the rounded checkpoint in float32 gives the same logits."""
+    tensors = state(name)
+    linear = {key for key, tensor in tensors.items() if "layers" in key or ".h." in key if tensor.dim() == 2}
+    rounded = {key: tensor.bfloat16().float() if key in linear else tensor for key, tensor in tensors.items()}
+    logits = []
+    for method, given in ((StoredInHalf(), tensors), (Unquantized(), rounded)):
+        model = build_model(tiny.model(name).config, replace(context(), linear_method=method))
+        load_weights(model, given.items())
+        paged = PagedModel(model, PROMPTS)
+        paged.step([(0, 6), (1, 11)])
+        logits.append(torch.stack(paged.logits[1]))
+    assert torch.equal(*logits)
