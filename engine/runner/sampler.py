@@ -7,12 +7,13 @@ is not entered, which the host knows from the slots' state without asking the de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from octavo.engine.core.plan import RowResult
 from octavo.engine.runner.logprobs import Logprobs, take_logprobs, to_token_logprobs
 from octavo.engine.runner.philox import uniforms
 from octavo.engine.runner.sampler_draw import Blocks, Draws, draw, greedy
@@ -27,19 +28,6 @@ _FAULTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class HostTokens:
-    """A step's draws on the host, in the order of its rows.
-
-    `logprobs[i]` is None where row i did not ask. `bad_rows` maps a row that could not be drawn from to the reason, one
-    sentence; its token is 0 and means nothing, its request should end with an error.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs | None, ...]
-    bad_rows: Mapping[int, str]
-
-
-@dataclass(frozen=True, slots=True)
 class SampledTokens:
     """What `Sampler.sample` gives. token_ids: [R] int64 on the device, ready for the next step at once.
 
@@ -47,20 +35,23 @@ class SampledTokens:
     """
 
     token_ids: torch.Tensor
-    _faults: torch.Tensor
     _taken: tuple[_Taken, ...]
     _copies: _HostCopies = field(repr=False)
 
-    def to_host(self) -> HostTokens:
+    def to_host(self) -> tuple[RowResult, ...]:
+        """One result per row. A row that could not be drawn from has no token, but an `error`: one sentence."""
         copies = iter(self._copies.wait())
         token_ids, faults = next(copies).tolist(), next(copies).tolist()
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        logprobs: dict[int, TokenLogprobs] = {}
         for taken in self._taken:
             parts = tuple(next(copies) for _ in taken.logprobs.parts())
-            for row, entry in zip(taken.rows, to_token_logprobs(parts, taken.ks), strict=True):
-                logprobs[row] = entry
-        bad_rows = {row: _FAULTS[fault] for row, fault in enumerate(faults) if fault != _GOOD}
-        return HostTokens(tuple(token_ids), tuple(logprobs), bad_rows)
+            logprobs.update(zip(taken.rows, to_token_logprobs(parts, taken.ks), strict=True))
+        return tuple(
+            RowResult(error=_FAULTS[fault])
+            if fault != _GOOD
+            else RowResult((token,), (logprobs[row],) if row in logprobs else ())
+            for row, (token, fault) in enumerate(zip(token_ids, faults, strict=True))
+        )
 
 
 class Sampler:
@@ -79,7 +70,7 @@ class Sampler:
         logits: [R, V] float32, may be overwritten. slots: [R], each at most once, on the host. positions: [R],
         absolute position of the token being drawn. tokens: [max_num_seqs, max_model_len + 1] integer, on the device, a
         row per slot, filled below the position. A row whose logits hold a NaN or +inf, or to which the masks leave
-        nothing, yields token 0 and is reported in `HostTokens.bad_rows`; other rows do not notice. No device sync on
+        nothing, yields token 0 and is reported by `SampledTokens.to_host`; other rows do not notice. No device sync on
         CUDA.
         """
         logits = logits.to(torch.float32).contiguous()
@@ -99,7 +90,7 @@ class Sampler:
             state.penalties.count(rows.slots[counted], counted, drawn)
         taken = _take(raw, drawn, asking, rows)
         copies = _HostCopies((drawn, faults, *(part for group in taken for part in group.logprobs.parts())))
-        return SampledTokens(drawn, faults, taken, copies)
+        return SampledTokens(drawn, taken, copies)
 
 
 def _choose(blocks: Blocks, rows: Rows, vocab_size: int) -> torch.Tensor:
@@ -166,7 +157,7 @@ def _mask_bad_words(
         words = state.bad_words[int(rows.slots[row])]
         possible = torch.from_numpy(words.lengths <= rows.num_output[row]).to(logits.device)
         at = (int(rows.positions[row]) - words.back).clamp_(min=0)
-        newest = tokens[int(rows.slots[row])][at]
+        newest = tokens[int(rows.slots[row])][at.to(tokens.device)].to(logits.device)
         matches = possible & ((newest == words.want) | (words.want < 0)).all(dim=-1)
         # Added, not assigned: one token may end several words, of which some match and some do not.
         mask = torch.where(matches, -torch.inf, 0.0)
