@@ -49,7 +49,7 @@ class Blocks:
         vocab = logits.shape[1]
         if vocab % BLOCK:
             logits = torch.nn.functional.pad(logits, (0, -vocab % BLOCK), value=-torch.inf)
-        values = logits.view(len(logits), -1, BLOCK)
+        values = logits.view(len(logits), logits.shape[1] // BLOCK, BLOCK)
         maxima = values.amax(dim=-1)
         return cls(values, maxima, maxima.amax(dim=-1))
 

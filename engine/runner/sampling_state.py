@@ -101,13 +101,13 @@ class SamplingState:
         self._seeds[slot] = new.seed & (2**64 - 1)
         self._logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
         if params.allowed_token_ids:
-            self.allowed[slot] = self._ids(params.allowed_token_ids)
+            self.allowed[slot] = self._ids(params.allowed_token_ids).to(self.device)
         if params.min_tokens > 0 and new.stop_token_ids:
-            self.stops[slot] = self._ids(new.stop_token_ids)
+            self.stops[slot] = self._ids(new.stop_token_ids).to(self.device)
         if params.logit_bias:
-            ids = [token for token in params.logit_bias if 0 <= token < self.vocab_size]
-            values = torch.tensor([params.logit_bias[token] for token in ids], dtype=torch.float32)
-            self.bias[slot] = (self._ids(ids), values.to(self.device))
+            ids = self._ids(tuple(params.logit_bias))
+            values = torch.tensor([params.logit_bias[token] for token in ids.tolist()], dtype=torch.float32)
+            self.bias[slot] = (ids.to(self.device), values.to(self.device))
         words = [w for w in new.bad_words_token_ids if w and all(0 <= token < self.vocab_size for token in w)]
         if words:
             self.bad_words[slot] = self._words(words)
@@ -144,9 +144,9 @@ class SamplingState:
         return rows.num_output < self._min_tokens[rows.slots]
 
     def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        # Duplicates go, so that a later scatter writes every place once.
+        """On the host, ascending. Duplicates go, so that a later scatter writes every place once."""
         unique = sorted({token for token in tokens if 0 <= token < self.vocab_size})
-        return torch.tensor(unique, dtype=torch.int64).to(self.device)
+        return torch.tensor(unique, dtype=torch.int64)
 
     def _words(self, words: Sequence[tuple[int, ...]]) -> BadWords:
         width = max(len(word) for word in words) - 1
