@@ -1,7 +1,7 @@
 """Native CPU bodies of the ops for float32 and bfloat16 tensors. Contracts: `octavo.kernels.ops`.
 
 Knows tensors, their strides and the C ABI (abi.h). Does not know threads: it passes torch's count on, per call.
-`load` chooses the library once; without a library (no compiler at install time) nothing is `available` and `ref` is used.
+`load` chooses the library once; without one (no compiler at install time) nothing is `available` and `ref` is used.
 
 Layout asked for: caches [NB, Hkv, BS, D] with contiguous blocks; the last dimension of everything else contiguous.
 query, key, value and x may be slices of a fused projection. What does not fit is copied first.
@@ -13,9 +13,10 @@ import ctypes
 from functools import lru_cache
 
 import torch
+from torch import Tensor, get_num_threads
+
 from octavo.kernels.cpu.library import ISAS, open_library, runnable
 from octavo.kernels.ops import AttentionBatch
-from torch import Tensor, get_num_threads
 
 __all__ = ["Body", "available", "load"]
 

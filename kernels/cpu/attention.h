@@ -25,7 +25,7 @@ constexpr int TILE_ROWS = 64;   // rows of a prefill tile, more only if G is lar
 constexpr int ROW_STEP = 16;    // prefill rows are padded to a multiple of it
 constexpr int CHUNK = 64;       // KV positions at a time
 constexpr int MIN_PART = 256;   // a split of the KV range has at least so many positions
-constexpr int64_t SMALL_ATTENTION = 1 << 17;  // multiply-adds, below which it is not worth waking other threads
+constexpr int64_t SMALL_ATTENTION = 1 << 19;  // multiply-adds, about 20 microseconds: below it the caller works alone
 
 struct Attention {
     void* out;  // [T, Hq, D] contiguous
@@ -68,15 +68,15 @@ struct Item {
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Where a chunk's K and V rows are.
+// Where a chunk's K and V rows are. An empty chunk follows the last one.
 template <class T> struct Chunk {
     const T* k[CHUNK + W];
     const T* v[CHUNK + W];
-    int64_t first;
     int count;
 
-    Chunk(const Attention& a, const Item& item, int64_t first) : first(first) {
-        count = (int)smaller(CHUNK, item.end - first);
+    Chunk(const Attention& a, const Item& item, int64_t first) {
+        count = (int)smaller(CHUNK, larger(0, item.end - first));
+        if (count == 0) return;
         const int32_t* table = a.tables + item.sequence * a.table_stride;
         int64_t head = item.kv_head * a.block_size * a.d;
         int64_t column = first / a.block_size, offset = first % a.block_size;
@@ -91,6 +91,11 @@ template <class T> struct Chunk {
         for (int n = count; n < (count + W - 1) / W * W; n++) k[n] = k[count - 1];  // legal to read, dropped later
     }
 };
+
+// A block is a page or less, so the CPU's own prefetcher does not see the next one coming.
+template <class T> inline void prefetch_row(const T* row, int64_t d) {
+    for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 3);
+}
 
 inline vf cap_scores(vf s, float cap) { return cap * tanh(s * (1.f / cap)); }
 
@@ -179,19 +184,25 @@ inline void dot_tile(const float* q, int64_t dp, const T* const* k, int64_t d, f
     for (int r = 0; r < R; r++) memcpy(scores + r * CHUNK, each + r * C, C * sizeof(float));
 }
 
-template <int R, class T> inline void dot_rows(const float* q, int64_t dp, const Chunk<T>& chunk, int64_t d, float* scores) {
+template <int R, class T>
+inline void dot_rows(const float* q, int64_t dp, const Chunk<T>& chunk, const Chunk<T>* next, int64_t d, float* scores) {
     constexpr int C = R == 1 ? W : R == 2 ? W / 2 : W / 4;
-    for (int n = 0; n < chunk.count; n += C) dot_tile<R, C>(q, dp, chunk.k + n, d, scores + n);
+    for (int n = 0; n < chunk.count; n += C) {
+        if (next != nullptr)
+            for (int c = n; c < n + C && c < next->count; c++) prefetch_row(next->k[c], d);
+        dot_tile<R, C>(q, dp, chunk.k + n, d, scores + n);
+    }
 }
 
 // sums[r] = factors[r] * sums[r] + weights[r] · V, for V vectors of columns from column i on.
 template <int R, int V, class T>
-inline void weigh_tile(const float* weights, const Chunk<T>& chunk, int64_t i, int64_t d, const float* factors, float* sums,
-                       int64_t dp) {
+inline void weigh_tile(const float* weights, const Chunk<T>& chunk, const Chunk<T>* next, int64_t i, int64_t d,
+                       const float* factors, float* sums, int64_t dp) {
     vf acc[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) acc[r][v] = factors[r] * load(sums + r * dp + i + v * W);
     for (int n = 0; n < chunk.count; n++) {
+        if (next != nullptr && n < next->count) prefetch_row(next->v[n], d);
         vf value[V];
         if (V > 1)
             for (int v = 0; v < V; v++) value[v] = load(chunk.v[n] + i + v * W);
@@ -207,11 +218,12 @@ inline void weigh_tile(const float* weights, const Chunk<T>& chunk, int64_t i, i
 }
 
 template <int R, class T>
-inline void weigh_rows(const float* weights, const Chunk<T>& chunk, int64_t d, const float* factors, float* sums, int64_t dp) {
+inline void weigh_rows(const float* weights, const Chunk<T>& chunk, const Chunk<T>* next, int64_t d, const float* factors,
+                       float* sums, int64_t dp) {
     constexpr int V = W == 16 ? 4 : 2;  // 16 registers hold 4 rows times 2
     int64_t i = 0;
-    for (; i + V * W <= d; i += V * W) weigh_tile<R, V>(weights, chunk, i, d, factors, sums, dp);
-    for (; i < d; i += W) weigh_tile<R, 1>(weights, chunk, i, d, factors, sums, dp);
+    for (; i + V * W <= d; i += V * W) weigh_tile<R, V>(weights, chunk, i == 0 ? next : nullptr, i, d, factors, sums, dp);
+    for (; i < d; i += W) weigh_tile<R, 1>(weights, chunk, i == 0 ? next : nullptr, i, d, factors, sums, dp);
 }
 
 // A row's scores in [low, high) of the chunk become weights, the others 0; returns the factor for what was summed before.
@@ -252,16 +264,19 @@ template <class T> void attend_few(const Attention& a, const Item& item, Scratch
     load_query(a, item, q);
     memset(sums, 0, rows * dp * sizeof(float));
     for (int r = 0; r < rows; r++) maxima[r] = -INF, weights[r] = 0;
+    Chunk<T> both[2] = {{a, item, item.begin}, {a, item, item.begin + CHUNK}};
     for (int64_t first = item.begin; first < item.end; first += CHUNK) {
-        Chunk<T> chunk(a, item, first);
+        const Chunk<T>& chunk = both[(first - item.begin) / CHUNK % 2];
+        const Chunk<T>& next = both[(first - item.begin) / CHUNK % 2 ^ 1];
         for (int r = 0; r < rows; r += 4) {
+            const Chunk<T>* ahead = r == 0 ? &next : nullptr;
             const float* from = q + r * dp;
             float* to = scores + r * CHUNK;
             switch (rows - r) {
-                case 1: dot_rows<1>(from, dp, chunk, a.d, to); break;
-                case 2: dot_rows<2>(from, dp, chunk, a.d, to); break;
-                case 3: dot_rows<3>(from, dp, chunk, a.d, to); break;
-                default: dot_rows<4>(from, dp, chunk, a.d, to);
+                case 1: dot_rows<1>(from, dp, chunk, ahead, a.d, to); break;
+                case 2: dot_rows<2>(from, dp, chunk, ahead, a.d, to); break;
+                case 3: dot_rows<3>(from, dp, chunk, ahead, a.d, to); break;
+                default: dot_rows<4>(from, dp, chunk, ahead, a.d, to);
             }
         }
         for (int r = 0; r < rows; r++) {
@@ -270,15 +285,17 @@ template <class T> void attend_few(const Attention& a, const Item& item, Scratch
             factors[r] = soften(scores + r * CHUNK, chunk.count, low, high, a.cap, maxima[r], weights[r]);
         }
         for (int r = 0; r < rows; r += 4) {
+            const Chunk<T>* ahead = r == 0 ? &next : nullptr;
             const float* from = scores + r * CHUNK;
             float* to = sums + r * dp;
             switch (rows - r) {
-                case 1: weigh_rows<1>(from, chunk, a.d, factors + r, to, dp); break;
-                case 2: weigh_rows<2>(from, chunk, a.d, factors + r, to, dp); break;
-                case 3: weigh_rows<3>(from, chunk, a.d, factors + r, to, dp); break;
-                default: weigh_rows<4>(from, chunk, a.d, factors + r, to, dp);
+                case 1: weigh_rows<1>(from, chunk, ahead, a.d, factors + r, to, dp); break;
+                case 2: weigh_rows<2>(from, chunk, ahead, a.d, factors + r, to, dp); break;
+                case 3: weigh_rows<3>(from, chunk, ahead, a.d, factors + r, to, dp); break;
+                default: weigh_rows<4>(from, chunk, ahead, a.d, factors + r, to, dp);
             }
         }
+        both[(first - item.begin) / CHUNK % 2] = Chunk<T>(a, item, first + 2 * CHUNK);
     }
     finish(a, item, sums, maxima, weights);
 }

@@ -40,8 +40,9 @@ template <class F> void share(int64_t items, int threads, F&& work) {
         &team, (unsigned)threads, 0);
 }
 
-// Calls work(first, last) for parts of [0, rows). Below `SMALL` elements a fork costs more than it saves.
-constexpr int64_t SMALL = 1 << 15;
+// Calls work(first, last) for parts of [0, rows). Below `SMALL` elements, about 20 microseconds of work, the caller does it:
+// a fork saves little then, and costs a time slice when another process holds the second core.
+constexpr int64_t SMALL = 1 << 17;
 template <class F> void share_rows(int64_t rows, int64_t elements_per_row, int threads, F&& work) {
     if (threads <= 1 || rows * elements_per_row < SMALL) return work((int64_t)0, rows);
     int64_t parts = rows < threads ? rows : threads;
