@@ -1,0 +1,66 @@
+"""Checkpoints: what a model is and its weights, tensor by tensor, whatever the files look like.
+
+What a checkpoint offers; `folder` and `gguf` know the formats. Nobody here knows models or layers, nor what becomes of a
+tensor, and nobody keeps one, so that loading needs little more memory than the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from octavo.engine.loader.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling parameters the model's authors recommend, for what a request leaves open. None = no recommendation."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint. Opening checks all that can be checked without reading weights.
+
+    config: a transformers config, names as in config.json. eos_token_ids: tokens that end a sequence.
+    num_bytes: of the weights as stored.
+    """
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def generation_defaults(self) -> GenerationDefaults | None: ...
+    @property
+    def num_tensors(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, CPU tensor), each once, in file order; do not write into one. May be called again."""
+        ...
+
+
+def open_checkpoint(source: ModelSource, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open what `resolve_model` found. Raises ConfigError naming the file that is missing or damaged.
+
+    trust_remote_code: let a config.json name Python code in the same folder that builds the config.
+    """
+    if source.kind == "gguf":
+        from octavo.engine.loader.gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(source.path)
+    from octavo.engine.loader.folder import open_folder
+
+    return open_folder(source.path, trust_remote_code)
