@@ -1,0 +1,171 @@
+"""EngineReplica: what a Serve replica runs. One engine, its loop's thread, and the channels its tokens leave by.
+
+Knows the engine, the side channel and the control messages. Does not know HTTP, text, or which replica gets what.
+
+A control call (`generate`) stays open until its request has ended, so Serve's counting of ongoing requests, its
+back-pressure, draining and cancellation all hold for the request itself, and not only for its acceptance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+from octavo.cluster import wire
+from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.progress import Progress
+from octavo.cluster.token_sender import TokenChannel, TokenSender
+from octavo.engine.errors import OctavoError, RankLost
+from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLoop(Protocol):
+    """The part of `octavo.engine.loop.EngineLoop` that a replica uses. All of it may be called from any thread."""
+
+    @property
+    def failure(self) -> BaseException | None: ...
+    @property
+    def num_live(self) -> int: ...
+    def start(self) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def stats(self) -> EngineStats: ...
+    def stop(self, drain_s: float = 0.0) -> None: ...
+
+
+OnDeltas = Callable[[list[TokenDelta]], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request in the engine. `ended` gets None once the last delta is written, or why the request is lost."""
+
+    request_id: str  # the client's
+    channel: TokenChannel
+    stream_id: int
+    unfinished: int  # sequences without a finish reason yet
+    ended: asyncio.Future[None]
+
+
+class EngineReplica:
+    """`start` gets the callback for the engine's deltas and returns the loop that will call it on the engine's thread.
+
+    All methods run on the event loop that constructs it.
+    """
+
+    def __init__(
+        self, replica_id: str, info: EngineInfo, start: Callable[[OnDeltas], EngineLoop], step_timeout_s: float
+    ) -> None:
+        self._info = info
+        self._aio = asyncio.get_running_loop()
+        self._live: dict[str, _Live] = {}  # by the engine's id
+        self._sender = TokenSender(replica_id, self._abort_all_of)
+        self._progress = Progress(step_timeout_s)
+        self._loop = start(self._on_deltas)
+        self._loop.start()
+
+    async def generate(self, data: bytes) -> bytes:
+        """The control call: GenerateRequest → GenerateReply, once the request has ended. Cancelled, it aborts it."""
+        try:
+            submission = wire.decode_submission(data, time.monotonic())
+            await self._run(submission, await self._sender.channel(submission.ingress))
+        except OctavoError as error:
+            return wire.encode_reply(error)
+        return wire.encode_reply(None)
+
+    def info(self) -> bytes:
+        return bytes(wire.info_to_proto(self._info).SerializeToString())
+
+    def stats(self) -> bytes:
+        return bytes(wire.stats_to_proto(self._loop.stats()).SerializeToString())
+
+    def abort(self, request_id: str) -> int:
+        """End the client's request of this id; returns how many there were."""
+        found = [engine_id for engine_id, live in self._live.items() if live.request_id == request_id]
+        for engine_id in found:
+            self._loop.abort(engine_id)
+        return len(found)
+
+    def check_health(self) -> None:
+        """Raises RankLost if the engine has failed or stands still with work to do."""
+        if self._loop.failure is not None:
+            raise RankLost(f"The engine has failed: {self._loop.failure}")
+        self._progress.check(time.monotonic(), self._loop.stats().steps, self._loop.num_live > 0)
+
+    async def close(self) -> None:
+        """Abort what is left, close the channels. Serve has drained the replica by then, or lost patience."""
+        await asyncio.to_thread(self._loop.stop)
+        await asyncio.sleep(0)  # lets the last deltas, posted from the engine's thread, reach their channels
+        await self._sender.close()
+
+    async def _run(self, submission: wire.Submission, channel: TokenChannel) -> None:
+        # The client's id may not be unique (it comes from a header); the engine's must be.
+        request = submission.request
+        engine_id = f"{request.request_id}.{submission.ingress.id}.{submission.stream_id}"
+        live = _Live(request.request_id, channel, submission.stream_id, request.params.n, self._aio.create_future())
+        self._live[engine_id] = live
+        try:
+            self._loop.submit(replace(request, request_id=engine_id))
+            await live.ended
+        finally:
+            del self._live[engine_id]
+            if live.unfinished:
+                self._loop.abort(engine_id)
+
+    def _on_deltas(self, deltas: list[TokenDelta]) -> None:
+        """On the engine's thread, once per step."""
+        stats = self._loop.stats()
+        if not self._aio.is_closed():
+            self._aio.call_soon_threadsafe(self._send, deltas, stats)
+
+    def _send(self, deltas: Sequence[TokenDelta], stats: EngineStats) -> None:
+        """One step's deltas: one batch per ingress. Those of requests that are gone are dropped."""
+        batches: dict[TokenChannel, list[Any]] = defaultdict(list)
+        finished: dict[TokenChannel, list[_Live]] = defaultdict(list)
+        for delta in deltas:
+            live = self._live.get(delta.request_id)
+            if live is None:
+                continue
+            if self._loop.failure is not None and delta.finish_reason == "error":
+                live.unfinished = 0
+                _end(live, ReplicaLost(delta.error or "The engine has failed."))
+                continue
+            batches[live.channel].append(wire.delta_to_proto(delta, live.stream_id))
+            live.unfinished -= delta.finish_reason is not None
+            if not live.unfinished:
+                finished[live.channel].append(live)
+        snapshot = wire.stats_to_proto(stats)
+        for channel, batch in batches.items():
+            sent = channel.send(batch, snapshot)
+            if channel in finished:
+                sent.add_done_callback(partial(_end_all, finished[channel]))
+
+    def _abort_all_of(self, ingress_id: str) -> None:
+        """An ingress is gone, or the way to it: nobody is left to read what its requests would bring."""
+        lost = [live for live in self._live.values() if live.channel.ingress.id == ingress_id]
+        if lost:
+            logger.warning("ingress %s is gone: its %d requests are aborted", ingress_id, len(lost))
+        for live in lost:
+            _end(live, ReplicaLost(f"The token channel to ingress {ingress_id} broke."))
+
+
+def _end_all(finished: Sequence[_Live], _sent: asyncio.Future[None]) -> None:
+    for live in finished:
+        _end(live)
+
+
+def _end(live: _Live, error: ReplicaLost | None = None) -> None:
+    if live.ended.done():
+        return
+    if error is None:
+        live.ended.set_result(None)
+    else:
+        live.ended.set_exception(error)

@@ -1,0 +1,243 @@
+"""Dataclass ↔ protobuf: the only place that knows both. Pure functions; no gRPC, no Ray.
+
+`x_to_proto` and `x_from_proto` are inverse to each other but for what the .proto files say is not sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.cluster.ingress.client import ReplicaLost
+from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
+from octavo.engine.params import SamplingParams
+from octavo.engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenDelta, TokenLogprobs
+from octavo.protos.octavo.v1 import sampling_pb2, tokens_pb2
+
+# Fields that are plain scalars on both sides, with the same meaning of absence (= the dataclass's default).
+_SCALARS = (
+    *(
+        "n",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+    ),
+    *("ignore_eos", "min_tokens", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "include_stop_str_in_output", "skip_reading_prefix_cache"),
+)
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+_DEFAULTS = SamplingParams()
+_UNLIMITED = 0  # max_tokens None on the wire, where absent means the default
+
+_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "abort", "error")  # by the enum's numbers
+_REASON_NUMBERS: dict[FinishReason | None, Any] = {reason: number for number, reason in enumerate(_REASONS)}
+
+
+@dataclass(frozen=True, slots=True)
+class IngressAddress:
+    """Where a replica dials back: `address` is host:port, `token` the ingress's secret."""
+
+    id: str
+    address: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """The argument of the control call: a request, where its tokens go, and the ingress's number for it."""
+
+    request: Request
+    ingress: IngressAddress
+    stream_id: int
+
+
+# --- sampling parameters
+
+
+def params_to_proto(params: SamplingParams) -> Any:
+    """Only what differs from the defaults is set."""
+    values: dict[str, Any] = {name: getattr(params, name) for name in _SCALARS}
+    changed = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
+    proto = sampling_pb2.SamplingParams(**changed)
+    if params.max_tokens != _DEFAULTS.max_tokens:
+        proto.max_tokens = _UNLIMITED if params.max_tokens is None else params.max_tokens
+    for name in _LISTS:
+        getattr(proto, name).extend(getattr(params, name))
+    proto.logit_bias.update(params.logit_bias)
+    return proto
+
+
+def params_from_proto(proto: Any) -> SamplingParams:
+    """Raises RequestError, naming the field, for a value out of range."""
+    values: dict[str, Any] = {name: getattr(proto, name) for name in _SCALARS if proto.HasField(name)}
+    if proto.HasField("max_tokens"):
+        values["max_tokens"] = None if proto.max_tokens == _UNLIMITED else proto.max_tokens
+    for name in _LISTS:
+        values[name] = tuple(getattr(proto, name))
+    return SamplingParams(**values, logit_bias=dict(proto.logit_bias))
+
+
+# --- the control call
+
+
+def request_to_proto(request: Request) -> Any:
+    return tokens_pb2.Request(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        params=params_to_proto(request.params),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        bad_words_token_ids=[tokens_pb2.Tokens(ids=ids) for ids in request.bad_words_token_ids],
+    )
+
+
+def request_from_proto(proto: Any, arrival_time: float) -> Request:
+    """`arrival_time`: when it arrived here, on the engine's clock."""
+    return Request(
+        request_id=proto.request_id,
+        prompt_token_ids=tuple(proto.prompt_token_ids),
+        params=params_from_proto(proto.params),
+        priority=proto.priority,
+        cache_salt=proto.cache_salt if proto.HasField("cache_salt") else None,
+        arrival_time=arrival_time,
+        bad_words_token_ids=tuple(tuple(tokens.ids) for tokens in proto.bad_words_token_ids),
+    )
+
+
+def encode_submission(submission: Submission) -> bytes:
+    ingress = submission.ingress
+    proto = tokens_pb2.GenerateRequest(
+        request=request_to_proto(submission.request),
+        ingress=tokens_pb2.Ingress(id=ingress.id, address=ingress.address, token=ingress.token),
+        stream_id=submission.stream_id,
+    )
+    return bytes(proto.SerializeToString())
+
+
+def decode_submission(data: bytes, arrival_time: float) -> Submission:
+    """Raises RequestError for sampling parameters out of range."""
+    proto = tokens_pb2.GenerateRequest.FromString(data)
+    ingress = IngressAddress(proto.ingress.id, proto.ingress.address, proto.ingress.token)
+    return Submission(request_from_proto(proto.request, arrival_time), ingress, proto.stream_id)
+
+
+def encode_reply(error: OctavoError | None) -> bytes:
+    """How a request ended: None = all its sequences did. Any error but the client's and of capacity is ReplicaLost."""
+    reply = tokens_pb2.GenerateReply()
+    match error:
+        case None:
+            pass
+        case RequestError():
+            failure = reply.request
+            failure.message, failure.not_found = error.message, isinstance(error, NotFoundError)
+            if error.param is not None:
+                failure.param = error.param
+        case CapacityError():
+            reply.capacity.message, reply.capacity.retry_after_s = error.message, error.retry_after_s
+        case _:
+            reply.lost = str(error)
+    return bytes(reply.SerializeToString())
+
+
+def decode_reply(data: bytes) -> OctavoError | None:
+    reply = tokens_pb2.GenerateReply.FromString(data)
+    match reply.WhichOneof("failure"):
+        case None:
+            return None
+        case "request":
+            kind = NotFoundError if reply.request.not_found else RequestError
+            return kind(reply.request.message, reply.request.param if reply.request.HasField("param") else None)
+        case "capacity":
+            return CapacityError(reply.capacity.message, reply.capacity.retry_after_s)
+        case _:
+            return ReplicaLost(reply.lost)
+
+
+# --- tokens
+
+
+def logprobs_to_proto(entry: TokenLogprobs) -> Any:
+    return tokens_pb2.TokenLogprobs(token_ids=entry.token_ids, logprobs=entry.logprobs, rank=entry.rank)
+
+
+def logprobs_from_proto(proto: Any) -> TokenLogprobs:
+    return TokenLogprobs(tuple(proto.token_ids), tuple(proto.logprobs), proto.rank)
+
+
+def delta_to_proto(delta: TokenDelta, stream_id: int) -> Any:
+    proto = tokens_pb2.TokenDelta(
+        stream_id=stream_id,
+        index=delta.index,
+        token_ids=delta.token_ids,
+        finish_reason=_REASON_NUMBERS[delta.finish_reason],
+        num_cached_tokens=delta.num_cached_tokens,
+        error=delta.error,
+    )
+    if delta.logprobs:
+        proto.logprobs.extend(map(logprobs_to_proto, delta.logprobs))
+    if isinstance(delta.stop_reason, int):
+        proto.stop_token_id = delta.stop_reason
+    elif delta.stop_reason is not None:
+        proto.stop_string = delta.stop_reason
+    if delta.prompt_logprobs is not None:
+        proto.prompt_logprobs.SetInParent()
+        unknown = tokens_pb2.TokenLogprobs()
+        entries = (unknown if entry is None else logprobs_to_proto(entry) for entry in delta.prompt_logprobs)
+        proto.prompt_logprobs.positions.extend(entries)
+    return proto
+
+
+def delta_from_proto(proto: Any, request_id: str) -> TokenDelta:
+    """`request_id`: what `proto.stream_id` stands for."""
+    return TokenDelta(
+        request_id=request_id,
+        index=proto.index,
+        token_ids=tuple(proto.token_ids),
+        logprobs=tuple(map(logprobs_from_proto, proto.logprobs)) if proto.logprobs else (),
+        finish_reason=_REASONS[proto.finish_reason],
+        stop_reason=_stop_reason(proto),
+        num_cached_tokens=proto.num_cached_tokens,
+        prompt_logprobs=_prompt_logprobs(proto.prompt_logprobs) if proto.HasField("prompt_logprobs") else None,
+        error=proto.error if proto.HasField("error") else None,
+    )
+
+
+def _stop_reason(proto: Any) -> int | str | None:
+    kind = proto.WhichOneof("stop_reason")
+    return None if kind is None else getattr(proto, kind)
+
+
+def _prompt_logprobs(proto: Any) -> tuple[TokenLogprobs | None, ...]:
+    return tuple(logprobs_from_proto(entry) if entry.token_ids else None for entry in proto.positions)
+
+
+# --- facts about an engine
+
+
+def stats_to_proto(stats: EngineStats) -> Any:
+    return tokens_pb2.EngineStats(**{name: getattr(stats, name) for name in _STATS})
+
+
+def stats_from_proto(proto: Any) -> EngineStats:
+    return EngineStats(**{name: getattr(proto, name) for name in _STATS})
+
+
+def info_to_proto(info: EngineInfo) -> Any:
+    phases = [tokens_pb2.EngineInfo.Phase(name=name, seconds=seconds) for name, seconds in info.phases]
+    return tokens_pb2.EngineInfo(**{name: getattr(info, name) for name in _INFO}, phases=phases)
+
+
+def info_from_proto(proto: Any) -> EngineInfo:
+    values: dict[str, Any] = {name: getattr(proto, name) for name in _INFO}
+    values["eos_token_ids"] = tuple(proto.eos_token_ids)
+    return EngineInfo(**values, phases=tuple((phase.name, phase.seconds) for phase in proto.phases))
+
+
+_STATS = tuple(field.name for field in dataclasses.fields(EngineStats))
+_INFO = tuple(field.name for field in dataclasses.fields(EngineInfo) if field.name != "phases")

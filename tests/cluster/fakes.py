@@ -1,0 +1,83 @@
+"""What the cluster's tests share: an engine without a model, and a Serve handle without Serve."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from octavo.cluster.replica import EngineReplica
+from octavo.cluster.routing.client import ServeEngineClient
+from octavo.cluster.token_receiver import TokenReceiver
+from octavo.engine.build import assemble
+from octavo.engine.config import EngineConfig
+from octavo.engine.loop import EngineLoop
+from octavo.engine.params import SamplingParams
+from octavo.engine.runner.fake import CostModel, FakeRunner
+from octavo.engine.types import EngineInfo, Request
+
+INFO = EngineInfo("fake", 2048, 258, (257,), "none", "none", 16, 1024, (("build", 0.25),))
+
+
+def fake_loop(on_deltas: Callable, *, step_s: float = 0.001, **options) -> EngineLoop:
+    """A real core and loop over FakeRunner, `step_s` seconds a step."""
+    config = EngineConfig(model="fake", **options)
+    runner = FakeRunner(INFO.num_blocks, INFO.block_size, cost=CostModel(step_s=step_s))
+    return EngineLoop(assemble(config, INFO, runner).core, on_deltas)
+
+
+def fake_replica(name: str = "replica-1", step_timeout_s: float = 60.0, **options) -> EngineReplica:
+    return EngineReplica(name, INFO, lambda on_deltas: fake_loop(on_deltas, **options), step_timeout_s)
+
+
+def request(request_id: str = "r", prompt: int = 8, max_tokens: int = 10, **params) -> Request:
+    given = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **{"temperature": 0.0, "seed": 1, **params})
+    return Request(request_id, tuple(range(97, 97 + prompt)), given)
+
+
+class FakeHandle:
+    """A Serve handle to one replica in this process: each call is a task; cancelling the response cancels it."""
+
+    def __init__(self, replica: EngineReplica) -> None:
+        self.replica = replica
+        self.calls: list[asyncio.Task] = []
+
+    def __getattr__(self, method: str) -> "_Method":
+        return _Method(self, method)
+
+    def broadcast(self, method: str) -> "_Results":
+        return _Results([getattr(self.replica, method)()])
+
+
+class _Method:
+    def __init__(self, handle: FakeHandle, name: str) -> None:
+        self.handle, self.name = handle, name
+
+    def remote(self, *args) -> asyncio.Task:
+        async def call():
+            result = getattr(self.handle.replica, self.name)(*args)
+            return await result if asyncio.iscoroutine(result) else result
+
+        task = asyncio.ensure_future(call())
+        self.handle.calls.append(task)
+        return task
+
+
+class _Results:
+    def __init__(self, values: list) -> None:
+        self.values = values
+
+    async def results_async(self) -> list:
+        return self.values
+
+
+async def local_client(replica: EngineReplica) -> tuple[ServeEngineClient, TokenReceiver]:
+    receiver = TokenReceiver()
+    await receiver.start("127.0.0.1")
+    return ServeEngineClient(FakeHandle(replica), receiver), receiver
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for `condition`; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
