@@ -1,9 +1,9 @@
 """Token ids → text, token by token, never half a character.
 
 Two ways. Where text is the tokens' bytes (BytePieces), each token's bytes go through an incremental UTF-8 decoder:
-exact, and a dictionary lookup per token. Otherwise a window of the last tokens is decoded with the tokenizer and compared
-with what it gave before: the tokens in front of the new ones are there because a tokenizer may treat the beginning of a
-text in its own way.
+exact, and a dictionary lookup per token. Otherwise a window of the last tokens is decoded with the tokenizer and
+compared with what it gave before: the tokens in front of the new ones are there because a tokenizer may treat the
+beginning of a text in its own way.
 """
 
 from __future__ import annotations

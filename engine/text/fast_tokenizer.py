@@ -1,7 +1,8 @@
 """FastTokenizer: a `tokenizers` backend with the settings of its tokenizer_config.json.
 
 Knows Hugging Face's tokenizer files. Imports neither transformers nor torch. Follows transformers 5 in what the config
-file changes about tokenizer.json: added tokens, beginning and end tokens, chat templates.
+file adds to tokenizer.json: special tokens and chat templates. Its add_bos_token and add_eos_token are without effect
+then, as there: what tokenizer.json puts around a text is what counts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
 from octavo.engine.errors import ConfigError, RequestError
 from octavo.engine.text.chat import ChatTemplates
@@ -150,8 +150,6 @@ def chat_templates(config: Json, folder: Path | None, special_tokens: Mapping[st
 def _configured(backend: tokenizers.Tokenizer, config: Json, folder: Path | None) -> FastTokenizer:
     special_tokens = {name: _content(config[name]) for name in _NAMED if config.get(name)}
     _add_tokens(backend, config, special_tokens)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _set_ends(backend, config, special_tokens)
     end_tokens: list[str | int] = list(config.get("octavo_end_tokens", ()))
     if folder is not None:
         end_tokens += _generation_ends(folder)
@@ -162,8 +160,8 @@ def _read_config(folder: Path) -> Json:
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
     legacy = folder / "special_tokens_map.json"
-    if legacy.is_file():
-        config = {key: value for key, value in _read_json(legacy).items() if key in _NAMED} | config
+    if legacy.is_file() and "added_tokens_decoder" not in config:
+        config |= {key: value for key, value in _read_json(legacy).items() if key in _NAMED}
     return config
 
 
@@ -204,15 +202,3 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Json, special_tokens: Map
     new += [AddedToken(name, special=True, normalized=False) for name in missing]
     for token in new:
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-
-
-def _set_ends(backend: tokenizers.Tokenizer, config: Json, special_tokens: Mapping[str, str]) -> None:
-    """add_bos_token and add_eos_token, where the config states them, replace what tokenizer.json does."""
-    bos = special_tokens.get("bos_token") if config.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if config.get("add_eos_token") else None
-    first = [f"{bos}:0"] if bos else []
-    last = [f"{eos}:0"] if eos else []
-    ends = [(token, backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-    backend.post_processor = TemplateProcessing(
-        single=[*first, "$A:0", *last], pair=[*first, "$A:0", *last, "$B:1"], special_tokens=ends
-    )

@@ -1,4 +1,4 @@
-"""Turns the vocabulary inside a GGUF file into a tokenizer folder (tokenizer.json, tokenizer_config.json), and keeps it.
+"""Turns a GGUF file's vocabulary into a tokenizer folder (tokenizer.json, tokenizer_config.json), and keeps it.
 
 Knows what llama.cpp's `tokenizer.ggml.*` keys mean and how the `tokenizers` library writes the same things down. Where
 transformers and llama.cpp read a file differently, llama.cpp is followed: GGUF is its format.
@@ -67,9 +67,9 @@ def convert(path: Path) -> tuple[Json, Json]:
     if "tokenizer.ggml.tokens" not in metadata:
         raise ConfigError(f"{path} holds no vocabulary: name another tokenizer with `tokenizer`.")
     if model == "gpt2":
-        return _byte_level(metadata), _config(metadata, add_bos=_split(metadata).add_bos)
+        return _byte_level(metadata), _config(metadata)
     if model == "llama":
-        return _sentencepiece(metadata), _config(metadata, add_bos=True)
+        return _sentencepiece(metadata), _config(metadata)
     raise ConfigError(
         f"{path} holds a {model!r} vocabulary, but only 'gpt2' and 'llama' ones can be read: "
         "name the model's Hugging Face folder with `tokenizer`."
@@ -96,36 +96,29 @@ def _split(metadata: Json) -> Any:
     return SPLITS.get(name, SPLITS["default"])
 
 
-def _config(metadata: Json, add_bos: bool) -> Json:
+def _token(metadata: Json, name: str) -> str | None:
+    """The token that plays the part `name`."""
     tokens = metadata["tokenizer.ggml.tokens"]
+    index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
-    def token(name: str) -> str | None:
-        index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
+def _config(metadata: Json) -> Json:
+    ends = [_token(metadata, name) for name in ("eot", "eom")]
     config: Json = {
-        "bos_token": token("bos"),
-        "eos_token": token("eos"),
-        "unk_token": token("unknown"),
-        "pad_token": token("padding"),
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
-        "add_eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        "bos_token": _token(metadata, "bos"),
+        "eos_token": _token(metadata, "eos"),
+        "unk_token": _token(metadata, "unknown"),
+        "pad_token": _token(metadata, "padding"),
         # Ours: other tokens that end a turn.
-        "octavo_end_tokens": [t for t in (token("eot"), token("eom")) if t is not None],
+        "octavo_end_tokens": [token for token in ends if token is not None],
     }
-    templates = (
-        [{"name": "default", "template": metadata["tokenizer.chat_template"]}] if _has_template(metadata) else []
-    )
-    for name in metadata.get("tokenizer.chat_templates", ()):
-        if template := metadata.get(f"tokenizer.chat_template.{name}"):
-            templates.append({"name": name, "template": template})
+    keys = {"default": "tokenizer.chat_template"}
+    keys |= {name: f"tokenizer.chat_template.{name}" for name in metadata.get("tokenizer.chat_templates", ())}
+    templates = [{"name": name, "template": metadata[key]} for name, key in keys.items() if metadata.get(key)]
     if templates:
         config["chat_template"] = templates
     return {key: value for key, value in config.items() if value is not None}
-
-
-def _has_template(metadata: Json) -> bool:
-    return bool(metadata.get("tokenizer.chat_template"))
 
 
 def _added(metadata: Json, special: set[int]) -> list[Json]:
@@ -162,7 +155,23 @@ def _vocab(tokens: Iterable[str]) -> dict[str, int]:
     return vocab
 
 
-def _document(metadata: Json, special: set[int], model: Json, **parts: Any) -> Json:
+def _ends(metadata: Json, add_bos: bool) -> Json:
+    """The post-processor that puts the beginning and end tokens around a text. add_bos: if the file does not say."""
+    bos = _token(metadata, "bos") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
+    eos = _token(metadata, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    last = [{"SpecialToken": {"id": eos, "type_id": 0}}] if eos else []
+    ids = {t: metadata[f"tokenizer.ggml.{name}_token_id"] for t, name in ((bos, "bos"), (eos, "eos")) if t}
+    text, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, text, *last],
+        "pair": [*first, text, *last, second],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in ids.items()},
+    }
+
+
+def _document(metadata: Json, special: set[int], model: Json, add_bos: bool, **parts: Any) -> Json:
     return {
         "version": "1.0",
         "truncation": None,
@@ -170,38 +179,32 @@ def _document(metadata: Json, special: set[int], model: Json, **parts: Any) -> J
         "added_tokens": _added(metadata, special),
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": _ends(metadata, add_bos),
         "decoder": None,
         **parts,
-        "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-        | model,
+        "model": {"type": "BPE", "continuing_subword_prefix": None, "end_of_word_suffix": None, **model},
     }
 
 
 def _byte_level(metadata: Json) -> Json:
     split = _split(metadata)
     vocab = _vocab(metadata["tokenizer.ggml.tokens"])
-    merges = [merge.split(" ", 1) for merge in metadata.get("tokenizer.ggml.merges", ())]
-    merges = [m for m in merges if len(m) == 2 and m[0] in vocab and m[1] in vocab and m[0] + m[1] in vocab]
     model = {
         "unk_token": None,
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": split.whole_words,
         "vocab": vocab,
-        "merges": merges,
+        "merges": _listed_merges(metadata, vocab),
     }
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    return _document(metadata, {_CONTROL}, model, pre_tokenizer=split.pre_tokenizer(), decoder=decoder)
+    return _document(metadata, {_CONTROL}, model, split.add_bos, pre_tokenizer=split.pre_tokenizer(), decoder=decoder)
 
 
 def _sentencepiece(metadata: Json) -> Json:
     vocab = _vocab(metadata["tokenizer.ggml.tokens"])
     unknown = next((token for token, kind in _typed(metadata) if kind == _UNKNOWN), None)
-    if listed := metadata.get("tokenizer.ggml.merges"):
-        merges = [merge.split(" ", 1) for merge in listed]
-    else:
-        merges = _merges_from_ranks(vocab, _ranks(metadata))
+    merges = _listed_merges(metadata, vocab) or _merges_from_ranks(vocab, _ranks(metadata))
     model = {
         "unk_token": unknown,
         "fuse_unk": True,
@@ -224,9 +227,16 @@ def _sentencepiece(metadata: Json) -> Json:
         metadata,
         {_CONTROL, _UNKNOWN},
         model,
+        True,
         normalizer={"type": "Sequence", "normalizers": spaces},
         decoder={"type": "Sequence", "decoders": text},
     )
+
+
+def _listed_merges(metadata: Json, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The file's merges, without those that the vocabulary has no token for (the backend refuses them)."""
+    pairs = (merge.partition(" ") for merge in metadata.get("tokenizer.ggml.merges", ()))
+    return [(left, right) for left, _, right in pairs if left in vocab and right in vocab and left + right in vocab]
 
 
 def _ranks(metadata: Json) -> dict[str, float]:
@@ -246,8 +256,8 @@ def _ranks(metadata: Json) -> dict[str, float]:
 def _merges_from_ranks(vocab: dict[str, int], ranks: dict[str, float]) -> list[tuple[str, str]]:
     """Every way to put a token together from two others, best token first.
 
-    SentencePiece merges whichever neighbours form the best piece. A merge list says the same if each piece is there with
-    all its cuts; among the cuts of one piece the order is that of the parts' ids.
+    SentencePiece merges whichever neighbours form the best piece. A merge list says the same if each piece is there
+    with all its cuts; among the cuts of one piece the order is that of the parts' ids.
     """
     found: list[tuple[float, int, int, int, str, str]] = []
     for token, rank in ranks.items():

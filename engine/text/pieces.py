@@ -1,8 +1,8 @@
 """BytePieces: a tokenizer whose text is the bytes of its tokens, one after the other.
 
-True of byte-level BPE and of SentencePiece with byte fallback, which is nearly every language model. Then a token's bytes
-can be looked up, and text can be decoded one token at a time, exactly. Knows the decoders of the `tokenizers` library by
-their JSON; the one place where text leaves the concatenation is the leading space that SentencePiece adds and drops.
+True of byte-level BPE and of SentencePiece with byte fallback, which is nearly every language model. Then a token's
+bytes can be looked up, and text can be decoded one token at a time, exactly. Knows the decoders of the `tokenizers`
+library by their JSON; the one place where text is not the concatenation is the leading space that SentencePiece adds.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BytePieces:
         return token_id in self._known or self._spell(token_id) is not None
 
     def first_bytes_of(self, token_id: int) -> bytes:
-        """A token's bytes when it is the first of a text, but for the space that STRIP_ONE takes from the whole text."""
+        """A token's bytes as the first of a text; the space that STRIP_ONE takes from the whole text is still there."""
         if self.leading_space is not LeadingSpace.STRIP_TOKEN:
             return self.bytes_of(token_id)
         token = self._spell(token_id)

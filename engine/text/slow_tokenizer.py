@@ -1,7 +1,7 @@
 """Tokenizers that only transformers can read: sentencepiece models, vocab + merges files, remote code.
 
-What transformers turns into a `tokenizers` backend becomes a FastTokenizer; the others are wrapped as they are. Importing
-transformers takes a second or more, so nobody imports this module before it is needed.
+What transformers turns into a `tokenizers` backend becomes a FastTokenizer; the others are wrapped as they are.
+Importing transformers takes a second or more, so nobody imports this module before it is needed.
 """
 
 from __future__ import annotations

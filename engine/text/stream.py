@@ -43,9 +43,9 @@ class TextStream:
     def push(self, token_ids: Sequence[int], finished: bool = False, stop_token: bool = False) -> TextDelta:
         """The sequence's next tokens; `finished` if they are its last ones.
 
-        stop_token: the last of them is the end token or a stop token that ended the sequence. Its text is left out, as in
-        vLLM, unless include_stop_str_in_output. Once a stop string was found or the sequence has finished, tokens are
-        ignored.
+        stop_token: the last of them is the end token or a stop token that ended the sequence. Its text is left out,
+        as in vLLM, unless include_stop_str_in_output. Once a stop string was found or the sequence has finished,
+        tokens are ignored.
         """
         if self._ended:
             return TextDelta("", None, 0)

@@ -17,8 +17,9 @@ from octavo.engine.text.pieces import BytePieces
 class Tokenizer(Protocol):
     """Text ⇄ token ids, and messages → text. Safe to call from several threads; long encodes release the GIL.
 
-    vocab_size: number of tokens, added ones included. eos_token_ids: tokens that end a text or a turn, as the tokenizer's
-    files say. chat_template: the default one's source. pieces: how text is made of the tokens' bytes, None if it is not.
+    vocab_size: number of tokens, added ones included. eos_token_ids: tokens that end a text or a turn, as the
+    tokenizer's files say. chat_template: the default one's source. pieces: how text is made of the tokens' bytes, None
+    if it is not.
     """
 
     @property
