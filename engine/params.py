@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,14 @@ MAX_SEED = 2**63 - 1
 # Below this, 1/temperature overflows half precision; vLLM uses the same floor.
 MIN_TEMPERATURE = 1e-2
 MAX_LOGPROBS = 20
+
+_FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +67,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         normalize = object.__setattr__  # a frozen value is normalised once, here, before anybody has seen it
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         normalize(self, "stop", stop)
-        normalize(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.allowed_token_ids is not None and not isinstance(self.allowed_token_ids, tuple):
-            normalize(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        normalize(self, "allowed_token_ids", self.allowed_token_ids or ())
-        normalize(self, "bad_words", tuple(self.bad_words or ()))
+        normalize(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
+        allowed: Any = self.allowed_token_ids
+        if isinstance(allowed, list) and not allowed:  # asked for; the default, no restriction, is a tuple
+            raise RequestError("allowed_token_ids must not be empty: nothing could be drawn.", "allowed_token_ids")
+        normalize(self, "allowed_token_ids", _items("allowed_token_ids", allowed))
+        normalize(self, "bad_words", _items("bad_words", self.bad_words))
+        normalize(self, "logit_bias", _bias(self.logit_bias))
+        self._check()
         if self.top_k == -1:
             normalize(self, "top_k", 0)
         if self.seed == -1:
             normalize(self, "seed", None)
-        normalize(self, "logit_bias", _bias(self.logit_bias))
-        self._check()
         if 0 < self.temperature < MIN_TEMPERATURE:
             normalize(self, "temperature", MIN_TEMPERATURE)
 
@@ -81,7 +91,7 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
         _number("temperature", self.temperature, 0.0, math.inf)
         _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _integer("top_k", self.top_k, 0, None)
+        _integer("top_k", self.top_k, -1, None)
         _number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
@@ -104,6 +114,10 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token in getattr(self, name):
                 _integer(name, token, 0, None)
+        for name in _FLAGS:
+            _flag(name, getattr(self, name))
+        if self.skip_reading_prefix_cache is not None:
+            _flag("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=true.", "stop")
 
@@ -127,32 +141,58 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
 
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    """A list as a tuple, None as the empty one. A bare string is no list: its letters are not what was meant."""
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"{name} must be a list, got {_short(value)}.", name)
+    return tuple(value)
+
+
 def _bias(value: Any) -> dict[int, float]:
     """OpenAI sends logit_bias as {"token id as text": bias}; accept that and {int: float}, clamp as vLLM does."""
-    if not value:
+    if value is None:
         return {}
     if not isinstance(value, dict):
         raise RequestError("logit_bias must map token ids to numbers.", "logit_bias")
     result: dict[int, float] = {}
     for key, bias in value.items():
-        try:
-            token = int(key)
-        except (TypeError, ValueError):
-            raise RequestError(f"logit_bias: {key!r} is not a token id.", "logit_bias") from None
-        if token < 0 or isinstance(bias, bool) or not isinstance(bias, (int, float)) or math.isnan(bias):
-            raise RequestError(f"logit_bias: {key!r}: {bias!r} is not a token id and a number.", "logit_bias")
-        result[token] = min(100.0, max(-100.0, float(bias)))
+        # Plain digits only: int() would also take "1_0", " 1" and True.
+        text = key if isinstance(key, str) else str(key) if type(key) is int else ""
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise RequestError(f"logit_bias: {key!r} is not a token id.", "logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or bias != bias:
+            raise RequestError(f"logit_bias: {bias!r}, given for token {key}, is not a number.", "logit_bias")
+        result[int(text)] = float(min(100, max(-100, bias)))
     return result
 
 
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, got {value!r}.", name)
+
+
 def _number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # The largest float bounds integers too, which may be too large to become one.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not ok or value > high or value < low or (low_open and value == low):
-        bracket = "(" if low_open else "["
-        raise RequestError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}.", name)
+        if high == math.inf:
+            limit = f"{'above' if low_open else 'of at least'} {low:g}"
+        else:
+            limit = f"in {'(' if low_open else '['}{low:g}, {high:g}]"
+        raise RequestError(f"{name} must be a finite number {limit}, got {_short(value)}.", name)
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limit = f"between {low} and {high}" if high is not None else f"at least {low}"
-        raise RequestError(f"{name} must be an integer of {limit}, got {value!r}.", name)
+        limit = f"between {low} and {high}" if high is not None else f"of at least {low}"
+        raise RequestError(f"{name} must be an integer {limit}, got {_short(value)}.", name)
+
+
+def _short(value: Any) -> str:
+    """What was sent, for a message, but not thousands of digits of it."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a very large integer"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

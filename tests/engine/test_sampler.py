@@ -1,4 +1,4 @@
-"""The sampler's stages: against a naive per-row definition, over several steps, alone and in a batch, after a resume."""
+"""The sampler: its stages against a naive per-row definition over several steps, alone, in a batch, after a resume."""
 
 from __future__ import annotations
 
