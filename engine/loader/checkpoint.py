@@ -1,7 +1,7 @@
 """Checkpoints: what a model is and its weights, tensor by tensor, whatever the files look like.
 
-What a checkpoint offers; `folder` and `gguf` know the formats. Nobody here knows models or layers, nor what becomes of a
-tensor, and nobody keeps one, so that loading needs little more memory than the model itself.
+What a checkpoint offers; `folder` and `gguf` know the formats. Nobody here knows models or layers, nor what becomes of
+a tensor, and nobody keeps one, so that loading needs little more memory than the model itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+
 from octavo.engine.loader.source import ModelSource
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Turns the quantized blocks of GGUF tensors into numbers.
 
-Knows the block layouts of ggml's tensor types, and nothing of files, names or models. A tensor of these types is a run of
-blocks; each holds a fixed number of weights as small integers and the scales to multiply them with.
+Knows the block layouts of ggml's tensor types, and nothing of files, names or models. A tensor of these types is a run
+of blocks; each holds a fixed number of weights as small integers and the scales to multiply them with.
 Source of the layouts: ggml's ggml-common.h and ggml-quants.c, github.com/ggml-org/ggml.
 """
 

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as a checkpoint: config.json and generation_config.json, weights as safetensors or pickles.
+"""A Hugging Face model folder as a checkpoint: its JSON files, and weights as safetensors or pickles.
 
 Does not know what the config's fields mean to a model.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from octavo.engine.errors import ConfigError
 from octavo.engine.loader.checkpoint import Checkpoint, GenerationDefaults
 from octavo.engine.loader.weight_files import find_weights, read_json

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from octavo.engine.errors import ConfigError
 from octavo.engine.loader.checkpoint import GenerationDefaults
 from octavo.engine.loader.dequant import TYPES, TensorType, dequantize

@@ -89,8 +89,8 @@ class Header:
 def read_header(path: Path, want: Callable[[str], bool] = lambda key: True) -> Header:
     """Metadata whose key `want` accepts, and every tensor's place.
 
-    Unwanted values are stepped over, which matters for vocabularies of 10⁵ strings. Raises ConfigError if the file cannot
-    be read, is no GGUF file, or ends within its header.
+    Unwanted values are stepped over, which matters for vocabularies of 10⁵ strings. Raises ConfigError if the file
+    cannot be read, is no GGUF file, or ends within its header.
     """
     try:
         with (

@@ -41,7 +41,7 @@ class NameRules:
     norm_offset: float = 0.0
 
     def place(self, name: str, num_heads: int, num_kv_heads: int) -> Place | None:
-        """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`. None: the architecture has no such tensor."""
+        """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`. None: no such tensor is known."""
         stem, _, kind = name.rpartition(".")
         block, found = "", self.outer.get(stem)
         if stem.startswith("blk.") and stem.count(".") == 2:

@@ -1,8 +1,8 @@
 """Models on the Hugging Face hub: found in its local cache, or downloaded into it.
 
 Knows the hub's cache and API through huggingface_hub, which honours HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN.
-huggingface_hub is imported on first use. It retries an unreachable hub for minutes; here, one question with a short deadline
-decides whether the hub is there at all.
+huggingface_hub is imported on first use. It retries an unreachable hub for minutes; here, one question with a short
+deadline decides whether the hub is there at all.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def fetch(source: HubRepo, cache_dir: str | None, progress: Progress) -> Path:
 def _ask(source: HubRepo) -> Listing:
     """What the hub has, or that it is not there. Name resolution knows no timeout, hence the thread."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachable("HF_HUB_OFFLINE is set")
@@ -115,7 +115,7 @@ def _ask(source: HubRepo) -> Listing:
         raise ConfigError(f"{source.repo} has no revision {source.revision!r}.")
     if isinstance(got, RepositoryNotFoundError):
         raise ConfigError(f"The hub has no model {source.repo}, or it is private: check the name, or set HF_TOKEN.")
-    if isinstance(got, HfHubHTTPError) or isinstance(got, Exception):
+    if isinstance(got, Exception):
         raise HubUnreachable(_sentence(got))
     if not got.sha or not got.siblings:
         raise ConfigError(f"{source.repo} is empty.")

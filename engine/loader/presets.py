@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import octavo.configs
 import yaml
+
+import octavo.configs
 from octavo.engine.errors import ConfigError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -27,7 +28,7 @@ class HubRepo:
 
 @dataclass(frozen=True, slots=True)
 class PackageMember:
-    """A file inside a Python package on the package index. requirement: name==version. member: its path in the wheel."""
+    """A file inside a package on the package index. requirement: name==version. member: its path in the wheel."""
 
     requirement: str
     member: str

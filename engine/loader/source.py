@@ -37,8 +37,8 @@ def resolve_model(
     """Find the model, downloading it if it is not here yet.
 
     name: an existing folder or `.gguf` file, else a preset, else `org/name` on the Hugging Face hub, or
-    `org/name/file.gguf` there. A preset that is here already is taken without asking any network; a hub id is looked up, and
-    taken from the cache if the hub does not answer within two seconds.
+    `org/name/file.gguf` there. A preset that is here already is taken without asking any network; a hub id is looked
+    up, and taken from the cache if the hub does not answer within two seconds.
     revision: branch, tag or commit on the hub. download_dir: instead of the hub's cache and octavo's own.
 
     Raises ConfigError: no such name, or the model cannot be had.
