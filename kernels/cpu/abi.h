@@ -1,5 +1,6 @@
 // The C ABI: raw pointers and ints, no torch. Called by kernels/cpu/library.py, which checks shapes and strides.
-// A flag `…bf16` says that the tensor is bfloat16, else it is float32. Strides and sizes count elements, except copy_blocks's.
+// A flag `…bf16` says that the tensor is bfloat16, else it is float32. Sizes and strides count elements, for copy_blocks
+// bytes.
 
 #pragma once
 
@@ -14,12 +15,17 @@ OCTAVO_API void octavo_set_fork(void* fork) { fork_team = (Fork)fork; }
 OCTAVO_API void octavo_paged_attention(void* out, const void* query, const void* keys, const void* values,
                                        const int32_t* tables, const int32_t* query_start, const int32_t* context_lens,
                                        int64_t query_stride, int64_t query_head_stride, int64_t keys_stride,
-                                       int64_t values_stride, int64_t table_stride, int64_t sequences, int64_t query_heads,
-                                       int64_t kv_heads, int64_t d, int64_t block_size, float scale, int64_t window,
-                                       float cap, int query_bf16, int cache_bf16, int threads) {
-    Attention a{out,           query,         keys,      values,      tables,      query_start,  context_lens, query_stride,
-                query_head_stride, keys_stride, values_stride, table_stride, sequences, query_heads, kv_heads,     d,
-                block_size,    scale,         window,    cap,         query_bf16 != 0, threads};
+                                       int64_t values_stride, int64_t table_stride, int64_t sequences,
+                                       int64_t query_heads, int64_t kv_heads, int64_t d, int64_t block_size,
+                                       float scale, int64_t window, float cap, int query_bf16, int cache_bf16,
+                                       int threads) {
+    Attention a;
+    a.out = out, a.query = query, a.keys = keys, a.values = values;
+    a.tables = tables, a.query_start = query_start, a.context_lens = context_lens;
+    a.query_stride = query_stride, a.query_head_stride = query_head_stride;
+    a.keys_stride = keys_stride, a.values_stride = values_stride, a.table_stride = table_stride;
+    a.sequences = sequences, a.query_heads = query_heads, a.kv_heads = kv_heads, a.d = d, a.block_size = block_size;
+    a.scale = scale, a.window = window, a.cap = cap, a.query_bf16 = query_bf16 != 0, a.threads = threads;
     if (cache_bf16)
         paged_attention<bf16>(a);
     else
@@ -70,7 +76,9 @@ OCTAVO_API void octavo_rms_norm(void* out, const void* x, const void* weight, in
 OCTAVO_API void octavo_add_rms_norm(void* x, void* residual, const void* weight, int64_t rows, int64_t x_stride,
                                     int64_t residual_stride, int64_t m, float eps, int x_bf16, int weight_bf16,
                                     int threads) {
-    auto run = [&](auto* a, auto* b, auto* w) { add_rms_norm(a, b, w, rows, x_stride, residual_stride, m, eps, threads); };
+    auto run = [&](auto* a, auto* b, auto* w) {
+        add_rms_norm(a, b, w, rows, x_stride, residual_stride, m, eps, threads);
+    };
     if (x_bf16 && weight_bf16)
         run((bf16*)x, (bf16*)residual, (const bf16*)weight);
     else if (x_bf16)
@@ -94,7 +102,8 @@ OCTAVO_API void octavo_rotary(void* query, void* key, const int64_t* positions, 
         run((float*)query, (float*)key);
 }
 
-OCTAVO_API void octavo_silu_and_mul(void* out, const void* x, int64_t rows, int64_t stride, int64_t f, int bf16_, int threads) {
+OCTAVO_API void octavo_silu_and_mul(void* out, const void* x, int64_t rows, int64_t stride, int64_t f, int bf16_,
+                                    int threads) {
     if (bf16_)
         act_and_mul<Silu>((bf16*)out, (const bf16*)x, rows, stride, f, threads);
     else

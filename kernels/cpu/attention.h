@@ -1,11 +1,12 @@
-// Paged causal attention. Contract: kernels/ops.py. Softmax is online and in float32 (Milakov and Gimelshein 2018; Dao et
-// al. 2022); long ranges of KV are split among threads and merged when there is little else to share ("flash decoding").
+// Paged causal attention. Contract: kernels/ops.py. Softmax is online and in float32 (Milakov and Gimelshein 2018; Dao
+// et al. 2022); long ranges of KV are split among threads and merged when there is little else to share ("flash
+// decoding").
 //
 // A tile is some consecutive tokens of one sequence times the G query heads that read one KV head: its rows, token by
 // token, all use each K and V that is loaded. KV is visited in chunks, read from its blocks where it lies.
 //   Few rows (decode):   a K row times a query row is a dot product with the vector along D, no K or V is copied.
-//   Many rows (prefill): the vector runs along the rows. The queries are transposed once, a chunk's K and V are widened to
-//                        float32 in the first-level cache, and both products become outer products of a register tile.
+//   Many rows (prefill): the vector runs along the rows. The queries are transposed once, a chunk's K and V are widened
+//                        to float32 close by, and both products become outer products of a register tile.
 // Rows of scores beyond what a query may see are dropped by position; slots nobody sees are never read.
 
 #pragma once
@@ -55,7 +56,7 @@ struct Item {
     int64_t position;  // of that token
     int64_t begin, end;
     int32_t parts;     // of the tile's range, counted in its first part; 0 in the others
-    float* partial;    // the part's unfinished result: `rows` sums of padded_d, then `rows` maxima and `rows` weights; null = whole
+    float* partial;    // the part's result: sums [rows, padded_d], maxima [rows], weights [rows]; null = to `out`
 
     int64_t rows(const Attention& a) const { return tokens * a.group(); }
     // Positions [low, high) that the tile's i-th token sees.
@@ -185,7 +186,8 @@ inline void dot_tile(const float* q, int64_t dp, const T* const* k, int64_t d, f
 }
 
 template <int R, class T>
-inline void dot_rows(const float* q, int64_t dp, const Chunk<T>& chunk, const Chunk<T>* next, int64_t d, float* scores) {
+inline void dot_rows(const float* q, int64_t dp, const Chunk<T>& chunk, const Chunk<T>* next, int64_t d,
+                     float* scores) {
     constexpr int C = R == 1 ? W : R == 2 ? W / 2 : W / 4;
     for (int n = 0; n < chunk.count; n += C) {
         if (next != nullptr)
@@ -218,15 +220,16 @@ inline void weigh_tile(const float* weights, const Chunk<T>& chunk, const Chunk<
 }
 
 template <int R, class T>
-inline void weigh_rows(const float* weights, const Chunk<T>& chunk, const Chunk<T>* next, int64_t d, const float* factors,
-                       float* sums, int64_t dp) {
+inline void weigh_rows(const float* weights, const Chunk<T>& chunk, const Chunk<T>* next, int64_t d,
+                       const float* factors, float* sums, int64_t dp) {
     constexpr int V = W == 16 ? 4 : 2;  // 16 registers hold 4 rows times 2
     int64_t i = 0;
-    for (; i + V * W <= d; i += V * W) weigh_tile<R, V>(weights, chunk, i == 0 ? next : nullptr, i, d, factors, sums, dp);
+    for (; i + V * W <= d; i += V * W)
+        weigh_tile<R, V>(weights, chunk, i == 0 ? next : nullptr, i, d, factors, sums, dp);
     for (; i < d; i += W) weigh_tile<R, 1>(weights, chunk, i == 0 ? next : nullptr, i, d, factors, sums, dp);
 }
 
-// A row's scores in [low, high) of the chunk become weights, the others 0; returns the factor for what was summed before.
+// A row's scores in [low, high) of the chunk become weights, the others 0. Returns the factor for earlier sums.
 inline float soften(float* scores, int count, int low, int high, float cap, float& maximum, float& weight) {
     vf top = splat(-INF);
     int whole = (count + W - 1) / W * W;
@@ -306,7 +309,8 @@ constexpr int MR = W == 16 ? 8 : 4;  // register tile: MR values times up to 3 v
 
 // c[MR][V vectors] (+)= sum over k of a[i * ai + k * ak] * b[k * bk + vectors]
 template <int V, bool ADD>
-inline void outer_tile(float* c, int64_t ldc, const float* a, int64_t ai, int64_t ak, const float* b, int64_t bk, int64_t k) {
+inline void outer_tile(float* c, int64_t ldc, const float* a, int64_t ai, int64_t ak, const float* b, int64_t bk,
+                       int64_t k) {
     vf acc[MR][V];
     for (int i = 0; i < MR; i++)
         for (int v = 0; v < V; v++) acc[i][v] = ADD ? load(c + i * ldc + v * W) : vf{};
@@ -328,7 +332,7 @@ inline void outer(float* c, int64_t ldc, const float* a, int64_t ai, int64_t ak,
                   int64_t columns, int64_t k) {
     int64_t vectors = columns / W;
     while (vectors > 0) {
-        int64_t v = vectors % 3 == 0 ? 3 : vectors == 1 ? 1 : 2;  // 4 = 2 + 2, 5 = 2 + 3: never a lone one if it can be helped
+        int64_t v = vectors % 3 == 0 ? 3 : vectors == 1 ? 1 : 2;  // 4 = 2 + 2, 5 = 2 + 3: a lone one is slow
         for (int64_t i = 0; i < m; i += MR) {
             if (v == 3)
                 outer_tile<3, ADD>(c + i * ldc, ldc, a + i * ai, ai, ak, b, bk, k);
@@ -430,8 +434,10 @@ template <class F> void each_tile(const Attention& a, F&& visit) {
         int64_t offset = a.context_lens[s] - tokens;
         for (int64_t tile = (tokens + most - 1) / most - 1; tile >= 0; tile--)
             for (int64_t h = 0; h < a.kv_heads; h++) {
-                Item item{(int32_t)s, (int32_t)h, start + tile * most, smaller(most, tokens - tile * most), offset + tile * most,
-                          0, 0, 1, nullptr};
+                int64_t first = tile * most;
+                Item item{(int32_t)s,     (int32_t)h, start + first, smaller(most, tokens - first),
+                          offset + first, 0,          0,             1,
+                          nullptr};
                 item.begin = item.low(a, 0);
                 item.end = item.high(item.tokens - 1);
                 visit(item);
@@ -444,7 +450,7 @@ template <class T> void paged_attention(const Attention& a) {
     each_tile(a, [&](const Item& item) {
         tiles++;
         positions += item.end - item.begin;
-        work += (item.end - item.begin) * (item.rows(a) + 4) * a.d;  // 4: a position's loads, in terms of a row's multiply-adds
+        work += (item.end - item.begin) * (item.rows(a) + 4) * a.d;  // 4: loading a position costs about as much
     });
     int threads = work < SMALL_ATTENTION ? 1 : a.threads;
 

@@ -15,7 +15,8 @@ template <class To, class From> inline void copy(To* to, const From* from, int64
 template <class From, class To>
 void write_kv(const From* key, const From* value, To* keys, To* values, const int64_t* slots, int64_t tokens,
               int64_t heads, int64_t d, int64_t block_size, int64_t key_stride, int64_t key_head_stride,
-              int64_t value_stride, int64_t value_head_stride, int64_t keys_stride, int64_t values_stride, int threads) {
+              int64_t value_stride, int64_t value_head_stride, int64_t keys_stride, int64_t values_stride,
+              int threads) {
     share_rows(tokens, 2 * heads * d, threads, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++) {
             if (slots[t] < 0) continue;

@@ -32,8 +32,8 @@ void rms_norm(T* out, const T* x, const V* weight, int64_t outer, int64_t inner,
 
 // residual += x; x = norm of it. As in the definition, the norm sees the sum as it was rounded to T.
 template <class T, class V>
-void add_rms_norm(T* x, T* residual, const V* weight, int64_t rows, int64_t x_stride, int64_t residual_stride, int64_t m,
-                  float eps, int threads) {
+void add_rms_norm(T* x, T* residual, const V* weight, int64_t rows, int64_t x_stride, int64_t residual_stride,
+                  int64_t m, float eps, int threads) {
     share_rows(rows, 2 * m, threads, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; row++) {
             T* a = x + row * x_stride;

@@ -1,8 +1,8 @@
 // Vectors of floats, as wide as the instruction set this file is compiled for: 16 lanes (AVX-512), 8 (AVX2), else 4.
 //
-// GCC's and clang's vector extensions do the arithmetic, so that one source serves every instruction set; intrinsics only
-// where the extensions have no word for it. Everything is in an unnamed namespace: the same source is compiled several
-// times, and two libraries of one process must never share a symbol.
+// GCC's and clang's vector extensions do the arithmetic, so that one source serves every instruction set; intrinsics
+// only where the extensions have no word for it. Everything is in an unnamed namespace: the same source is compiled
+// several times, and two libraries of one process must never share a symbol.
 
 #pragma once
 

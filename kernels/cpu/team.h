@@ -1,8 +1,8 @@
 // Work shared among threads, and scratch memory of a thread.
 //
-// The threads are those of the OpenMP runtime torch has loaded: a second pool in the process would fight torch's for the
-// cores. So this library links no OpenMP; its loader hands over that runtime's GOMP_parallel, the entry point that
-// compilers emit calls to (libgomp's stable ABI, also offered by LLVM's libomp). Without one, everything runs on the caller.
+// The threads are those of the OpenMP runtime torch has loaded: a second pool in the process would fight torch's for
+// the cores. So this library links no OpenMP; its loader hands over that runtime's GOMP_parallel, the entry point that
+// compilers emit calls to (libgomp's stable ABI, also offered by LLVM's libomp). Without it, all work is the caller's.
 
 #pragma once
 
@@ -40,7 +40,7 @@ template <class F> void share(int64_t items, int threads, F&& work) {
         &team, (unsigned)threads, 0);
 }
 
-// Calls work(first, last) for parts of [0, rows). Below `SMALL` elements, about 20 microseconds of work, the caller does it:
+// Calls work(first, last) for parts of [0, rows). Below `SMALL` elements, about 20 microseconds, the caller works alone:
 // a fork saves little then, and costs a time slice when another process holds the second core.
 constexpr int64_t SMALL = 1 << 17;
 template <class F> void share_rows(int64_t rows, int64_t elements_per_row, int threads, F&& work) {
@@ -49,7 +49,7 @@ template <class F> void share_rows(int64_t rows, int64_t elements_per_row, int t
     share(parts, threads, [&](int64_t i) { work(rows * i / parts, rows * (i + 1) / parts); });
 }
 
-// Memory of the calling thread, aligned to a cache line. Kept until the thread ends; a later call invalidates an earlier one's.
+// Memory of the calling thread, aligned to a cache line, kept until the thread ends. `get` invalidates the last `get`.
 class Scratch {
   public:
     ~Scratch() { free(memory_); }
