@@ -15,7 +15,7 @@ from octavo.engine.models.registry import build_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
-from harness import PagedModel, context
+from paged import PagedModel, context
 
 PROMPTS = tiny.prompts([6, 11])
 

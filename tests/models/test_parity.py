@@ -14,7 +14,7 @@ from octavo.engine.models.registry import build_model, max_model_len
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
-from harness import PagedModel, context, ours
+from paged import PagedModel, context, ours
 
 NEW = 10
 

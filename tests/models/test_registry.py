@@ -13,7 +13,7 @@ from octavo.engine.models.registry import MODELS, build_model, max_model_len
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
-from harness import context
+from paged import context
 
 
 def config(name, **changes):

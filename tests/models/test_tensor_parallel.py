@@ -17,7 +17,7 @@ from octavo.engine.parallel.mesh import Group, Mesh
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny
-from harness import PagedModel, context, ours
+from paged import PagedModel, context, ours
 
 BATCH = [(0, 5), (1, 23), (2, 1)]
 
