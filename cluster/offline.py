@@ -1,7 +1,7 @@
 """`octavo generate`: a JSONL file of prompts to a JSONL file of answers, with one engine in this process.
 
-The output file is the state: a line is there, whole, or its prompt has not been answered. So a run that ended for whatever
-reason goes on where it stopped.
+The output file is the state: a line is there, whole, or its prompt has not been answered. So a run that ended for
+whatever reason goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def generate(
 ) -> None:
     """Answer the prompts of a JSONL file, offline. Sampling fields in a line come before the flags.
 
-    Answers are written as they finish, in any order, each with its line's id (or its line number). Run it again after an
-    interruption, or after lines have failed: only what is missing is done.
+    Answers are written as they finish, in any order, each with its line's id (or its line number). Run it again after
+    an interruption, or after lines have failed: only what is missing is done.
     """
     console = Console(stderr=True)
     flags: dict[str, Any] = {
@@ -281,9 +281,9 @@ async def _answer(llm: Any, task: Task, flags: Mapping[str, Any]) -> dict[str, A
         prompt, params, priority=_typed(fields, "priority", int, 0), cache_salt=_typed(fields, "cache_salt", str, None)
     )
     async with aclosing(stream) as outputs:
-        async for output in outputs:
-            pass
-    assert output is not None
+        async for newest in outputs:
+            output = newest
+    assert output is not None, task
     return {
         "id": task.key,
         "text": output.outputs[0].text,

@@ -73,8 +73,10 @@ class Places:
 
 
 class _Answer(Response):
-    """A response that does its work when it is sent: then it knows of the client's leaving. Errors before the first byte
-    are raised, for the gate to answer."""
+    """A response that does its work when it is sent: then it knows of the client's leaving.
+
+    Errors before the first byte are raised, for the gate to answer.
+    """
 
     def __init__(
         self, generation: Generation, dialect: Dialect, visit: Visit, places: Places, timeout_s: float | None
@@ -134,8 +136,8 @@ class StreamedAnswer(_Answer):
     """Server-sent events: one per piece, as it comes, and `[DONE]`.
 
     The status line waits for the first piece (for `early_errors_s` at most), so that a request the engine refuses gets
-    its 4xx. Later errors are an event of their own. While a slow client does not read, tokens pile up in the mailbox, where
-    they merge.
+    its 4xx. Later errors are an event of their own. While a slow client does not read, tokens pile up in the mailbox,
+    where they merge.
     """
 
     def __init__(

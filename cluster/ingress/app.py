@@ -34,7 +34,7 @@ from octavo.cluster.ingress.protocol import (
 from octavo.cluster.ingress.service import Service
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.observability.metrics import CONTENT_TYPE
-from octavo.engine.errors import NotFoundError, RequestError
+from octavo.engine.errors import NotFoundError
 from octavo.engine.text.tokenizer import Tokenizer
 
 BODIES: Mapping[str, type[Body]] = {
@@ -123,7 +123,8 @@ def _operator_paths(app: FastAPI, service: Service) -> None:
         await service.stats()
         return Response(status_code=200)
 
-    @app.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
+    @app.get("/ping")
+    @app.post("/ping")
     async def ping() -> Response:
         """The same, under the name SageMaker knows."""
         await service.stats()

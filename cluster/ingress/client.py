@@ -1,7 +1,7 @@
 """EngineClient: all that the HTTP side knows of the engines behind it.
 
-Tokens go in, token deltas come out. Knows nothing of HTTP, text or Ray. The cluster implements the protocol over Serve and
-the side channel; `LocalEngineClient` implements it over one engine in this process.
+Tokens go in, token deltas come out. Knows nothing of HTTP, text or Ray. The cluster implements the protocol over Serve
+and the side channel; `LocalEngineClient` implements it over one engine in this process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EngineClient(Protocol):
 
 
 class EngineLoop(Protocol):
-    """The part of `octavo.engine.loop.EngineLoop` that a client needs. All methods are thread-safe and return at once."""
+    """What a client needs of `octavo.engine.loop.EngineLoop`. All methods are thread-safe and return at once."""
 
     def submit(self, request: Request) -> None: ...
 
@@ -102,8 +102,8 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
 class LocalEngineClient:
     """EngineClient over an engine in this process.
 
-    `start` gets the callback for the engine's deltas and returns the loop that calls it, once per step, on the engine's
-    thread: `LocalEngineClient(info, lambda on_deltas: EngineLoop(core, on_deltas))`. The event loop is woken once per step.
+    `start` gets the callback for the engine's deltas and returns the started loop that calls it, once per step, on the
+    engine's thread. The event loop is woken once per step. Who starts the loop stops it.
     """
 
     def __init__(self, info: EngineInfo, start: Callable[[Callable[[list[TokenDelta]], None]], EngineLoop]) -> None:

@@ -1,7 +1,7 @@
 """Gate: the outermost ASGI layer. What holds for every HTTP request whatever its path.
 
-Gives it an id (X-Request-Id, taken from the client or drawn, sent back in any case), asks for the API key, bounds the body,
-turns whatever exception comes out into OpenAI's error body, and writes one access log line. Knows no endpoint.
+Gives it an id (X-Request-Id, taken from the client or drawn, sent back in any case), asks for the API key, bounds the
+body, turns whatever exception comes out into OpenAI's error body, and writes one access log line. Knows no endpoint.
 """
 
 from __future__ import annotations

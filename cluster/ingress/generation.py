@@ -81,8 +81,8 @@ class Choice:
 class Generation:
     """The engine requests of one HTTP request, run side by side.
 
-    `requests[i]` continues `prompts[i]`; its sequence j is the choice i × n + j. Counters are valid at any time and final once
-    `pieces` has ended, however it did.
+    `requests[i]` continues `prompts[i]`; its sequence j is the choice i × n + j. Counters are valid at any time and
+    final once `pieces` has ended, however it did. only_scores: what is generated is thrown away.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Generation:
         prompts: Sequence[Prompt],
         requests: Sequence[Request],
         arrival_time: float,
+        *,
+        only_scores: bool = False,
     ) -> None:
         self.prompts = prompts
         self.requests = requests
@@ -107,6 +109,7 @@ class Generation:
         self.num_cached_tokens = 0
         self.ttft_s: float | None = None
         self._client = client
+        self._only_scores = only_scores
         self._metrics = metrics
         self._arrival_time = arrival_time
 
@@ -115,7 +118,7 @@ class Generation:
 
     @property
     def num_completion_tokens(self) -> int:
-        return sum(choice.num_tokens for choice in self.choices)
+        return 0 if self._only_scores else sum(choice.num_tokens for choice in self.choices)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """All pieces, in order within each choice. Closing it aborts what is unfinished.

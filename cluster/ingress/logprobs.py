@@ -16,6 +16,7 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._text = lru_cache(maxsize=1 << 16)(tokenizer.token_text)
+        self.raw = tokenizer.token_bytes
 
     def text(self, token: int) -> str:
         return self._text(token)
@@ -26,8 +27,7 @@ class TokenNames:
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], top: int, names: TokenNames, as_ids: bool) -> dict[str, Any]:
     def candidate(token: int, logprob: float) -> dict[str, Any]:
-        text = names.name(token, as_ids)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": names.name(token, as_ids), "logprob": finite(logprob), "bytes": list(names.raw(token))}
 
     content = []
     for entry in entries:
@@ -39,7 +39,7 @@ def chat_logprobs(entries: Sequence[TokenLogprobs], top: int, names: TokenNames,
 def completion_logprobs(
     entries: Sequence[TokenLogprobs | None], token_ids: Sequence[int], offset: int, names: TokenNames, as_ids: bool
 ) -> tuple[dict[str, Any], int]:
-    """`entries[i]` belongs to `token_ids[i]` (None: nothing comes before it); `offset`: characters of text before the first.
+    """`entries[i]` belongs to `token_ids[i]` (None: nothing comes before it). `offset`: characters before the first.
 
     Returns the offset after the last one too.
     """

@@ -13,7 +13,7 @@ class ClientGone(Exception):
     """The client has closed the connection: nobody is left to answer."""
 
 
-class stay:  # noqa: N801  # reads as the verb it is, like asyncio.timeout
+class stay:  # reads as the verb it is, like asyncio.timeout
     """Cancels the task inside when the client disconnects, and turns that cancellation into ClientGone.
 
     To be entered after the request body has been read, in the task that does the work; while inside, nobody else may

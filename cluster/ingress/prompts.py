@@ -1,4 +1,4 @@
-"""From what a request says to the tokens of its prompts: templates, tokenization, truncation, and the limits on length."""
+"""From what a request says to the tokens of its prompts: templates, tokenization, truncation, limits on length."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ class PromptMaker:
             raise RequestError("The prompt is empty: it has no tokens.", param)
         if len(ids) >= context:
             raise RequestError(
-                f"The prompt is {len(ids)} tokens long, but the model's context is {context} tokens and must also hold the "
-                f"answer.",
+                f"The prompt is {len(ids)} tokens long, but the model's context is {context} tokens and must hold the "
+                f"answer too.",
                 param,
             )
         if len(ids) > limit:

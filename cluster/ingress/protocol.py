@@ -1,8 +1,8 @@
 """The bodies of requests: OpenAI's fields and vLLM's additions, their types, and what of them is not supported yet.
 
-Types are strict (no number in quotes); null means "not given". Ranges of sampling values are `SamplingParams`' business, and
-what needs the model (context length, vocabulary) is checked by whoever has it. A field that asks for something octavo
-cannot do yet is refused, by name; a field nobody knows is accepted and reported by `unknown_fields`.
+Types are strict (no number in quotes); null means "not given". Ranges of sampling values are the business of
+`SamplingParams`, and what needs the model (context length, vocabulary) is checked by whoever has it. A field that asks
+for something octavo cannot do yet is refused, by name; a field nobody knows is accepted and reported.
 """
 
 from __future__ import annotations
@@ -14,50 +14,51 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, Val
 
 from octavo.engine.errors import RequestError
 
-# Field → what it asks for, and the values besides null, false and empty ones that ask for nothing.
+_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+# Field → what it asks for, and the values that ask for nothing.
 NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": ("Tool calling", ()),
-    "tool_choice": ("Tool calling", ("none", "auto")),
-    "functions": ("Tool calling", ()),
-    "function_call": ("Tool calling", ("none", "auto")),
-    "response_format": ("Structured output", ({"type": "text"},)),
-    "structured_outputs": ("Structured output", ()),
-    "guided_json": ("Structured output", ()),
-    "guided_regex": ("Structured output", ()),
-    "guided_choice": ("Structured output", ()),
-    "guided_grammar": ("Structured output", ()),
-    "guided_json_object": ("Structured output", ()),
-    "guided_decoding_backend": ("Structured output", ()),
-    "guided_whitespace_pattern": ("Structured output", ()),
-    "structural_tag": ("Structured output", ()),
-    "include_reasoning": ("Reasoning", (True,)),
-    "reasoning": ("Reasoning", ()),
-    "reasoning_effort": ("Reasoning", ()),
-    "thinking_token_budget": ("Reasoning", ()),
-    "use_beam_search": ("Beam search", ()),
-    "length_penalty": ("Beam search", (1, 1.0)),
-    "early_stopping": ("Beam search", ()),
-    "modalities": ("Output other than text", (["text"],)),
-    "audio": ("Output other than text", ()),
-    "media_io_kwargs": ("Input other than text", ()),
-    "mm_processor_kwargs": ("Input other than text", ()),
-    "prompt_embeds": ("Input other than text", ()),
-    "web_search_options": ("Web search", ()),
-    "prediction": ("Predicted output", ()),
-    "kv_transfer_params": ("KV transfer by request", ()),
-    "ec_transfer_params": ("KV transfer by request", ()),
-    "vllm_xargs": ("Extra engine arguments", ()),
-    "logits_processors": ("Logits processors by request", ()),
-    "logprob_token_ids": ("Logprobs of chosen tokens", ()),
-    "prompt_logprob_token_ids": ("Logprobs of chosen tokens", ()),
-    "repetition_detection": ("Repetition detection", ()),
-    "watermarking": ("Watermarking", ()),
-    "stream_interval": ("A stream interval", (1,)),
-    "return_prompt_text": ("Returning the prompt's text", ()),
-    "return_token_offsets": ("Returning token offsets", ()),
-    "return_weight_versions": ("Returning weight versions", ()),
-    "return_mm_kwargs": ("Returning multimodal inputs", ()),
-    "return_routed_experts": ("Returning routed experts", ()),
+    "tools": ("Tool calling", _NOTHING),
+    "tool_choice": ("Tool calling", (*_NOTHING, "none", "auto")),
+    "functions": ("Tool calling", _NOTHING),
+    "function_call": ("Tool calling", (*_NOTHING, "none", "auto")),
+    "response_format": ("Structured output", (*_NOTHING, {"type": "text"})),
+    "structured_outputs": ("Structured output", _NOTHING),
+    "guided_json": ("Structured output", _NOTHING),
+    "guided_regex": ("Structured output", _NOTHING),
+    "guided_choice": ("Structured output", _NOTHING),
+    "guided_grammar": ("Structured output", _NOTHING),
+    "guided_json_object": ("Structured output", _NOTHING),
+    "guided_decoding_backend": ("Structured output", _NOTHING),
+    "guided_whitespace_pattern": ("Structured output", _NOTHING),
+    "structural_tag": ("Structured output", _NOTHING),
+    "include_reasoning": ("Reasoning", (None, True)),
+    "reasoning": ("Reasoning", _NOTHING),
+    "reasoning_effort": ("Reasoning", _NOTHING),
+    "thinking_token_budget": ("Reasoning", _NOTHING),
+    "use_beam_search": ("Beam search", _NOTHING),
+    "length_penalty": ("Beam search", (*_NOTHING, 1)),
+    "early_stopping": ("Beam search", _NOTHING),
+    "modalities": ("Output other than text", (*_NOTHING, ["text"])),
+    "audio": ("Output other than text", _NOTHING),
+    "media_io_kwargs": ("Input other than text", _NOTHING),
+    "mm_processor_kwargs": ("Input other than text", _NOTHING),
+    "prompt_embeds": ("Input other than text", _NOTHING),
+    "web_search_options": ("Web search", _NOTHING),
+    "prediction": ("Predicted output", _NOTHING),
+    "kv_transfer_params": ("KV transfer by request", _NOTHING),
+    "ec_transfer_params": ("KV transfer by request", _NOTHING),
+    "vllm_xargs": ("Extra engine arguments", _NOTHING),
+    "logits_processors": ("Logits processors by request", _NOTHING),
+    "logprob_token_ids": ("Logprobs of chosen tokens", _NOTHING),
+    "prompt_logprob_token_ids": ("Logprobs of chosen tokens", _NOTHING),
+    "repetition_detection": ("Repetition detection", _NOTHING),
+    "watermarking": ("Watermarking", _NOTHING),
+    "stream_interval": ("A stream interval", (*_NOTHING, 1)),
+    "return_prompt_text": ("Returning the prompt's text", _NOTHING),
+    "return_token_offsets": ("Returning token offsets", _NOTHING),
+    "return_weight_versions": ("Returning weight versions", _NOTHING),
+    "return_mm_kwargs": ("Returning multimodal inputs", _NOTHING),
+    "return_routed_experts": ("Returning routed experts", _NOTHING),
 }
 # Fields that are for the provider's books, or have no effect where nothing calls tools.
 WITHOUT_EFFECT = frozenset(
@@ -139,8 +140,8 @@ class Body(BaseModel):
         unknown = []
         for name, value in (self.model_extra or {}).items():
             if name in NOT_YET:
-                feature, harmless = NOT_YET[name]
-                if value not in (None, False, "", [], {}) and value not in harmless:
+                feature, neutral = NOT_YET[name]
+                if value not in neutral:
                     raise RequestError(f"{feature} is not supported yet: {name} must be left out.", name)
             elif name not in WITHOUT_EFFECT:
                 unknown.append(name)

@@ -1,7 +1,7 @@
 """The bodies of answers, in OpenAI's shapes, and their JSON.
 
-Plain functions from values to dicts. That they match the `openai` package's types is tested, not imported: the import takes
-half a second at start-up, and building its objects per chunk costs more than the whole rest of a chunk.
+Plain functions from values to dicts. That they match the `openai` package's types is tested; the server does not import
+it, for that takes 0.4 s at start-up, and building its objects costs many times what the rest of a chunk does.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ T = TypeVar("T")
 def sampling_params(
     body: GenerationBody, defaults: SamplingDefaults, prompt_tokens: int, context: int
 ) -> SamplingParams:
-    """How to sample for a prompt of `prompt_tokens` tokens in a context of `context` tokens; the seed is drawn if none is given.
+    """How to sample for a prompt of `prompt_tokens` tokens in a context of `context` tokens.
 
-    Raises RequestError for a value out of range.
+    The seed is drawn if none is given. Raises RequestError for a value out of range.
     """
     logprobs = _logprobs(body)
     prompt_logprobs = body.prompt_logprobs
@@ -66,7 +66,7 @@ def _max_tokens(body: GenerationBody, defaults: SamplingDefaults, prompt_tokens:
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         name, asked = "max_completion_tokens", body.max_completion_tokens
     if asked is None:
-        default = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionBody) else _or(defaults.max_new_tokens, room)
+        default = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionBody) else _or(defaults.max_tokens, room)
         return max(min(room, default), min(room, _or(body.min_tokens, 0)))
     if only_scores(body):
         return 1  # the engine draws at least one; it is dropped
@@ -74,8 +74,8 @@ def _max_tokens(body: GenerationBody, defaults: SamplingDefaults, prompt_tokens:
         raise RequestError(f"{name} must be an integer of at least 1, got {asked}.", name)
     if asked > room:
         raise RequestError(
-            f"The context is {context} tokens long, but {prompt_tokens + asked} were asked for: {prompt_tokens} of the prompt "
-            f"and {name} = {asked}.",
+            f"The context is {context} tokens long, but {prompt_tokens + asked} were asked for: {prompt_tokens} of the "
+            f"prompt and {name} = {asked}.",
             name,
         )
     return asked

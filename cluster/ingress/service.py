@@ -20,7 +20,7 @@ from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.logprobs import TokenNames
 from octavo.cluster.ingress.prompts import Prompt, PromptMaker
 from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, GenerationBody, TokenizeBody
-from octavo.cluster.ingress.sampling import sampling_params
+from octavo.cluster.ingress.sampling import only_scores, sampling_params
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.observability.metrics import IngressMetrics
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError
@@ -160,7 +160,7 @@ class Service:
     def _check_choices(self, choices: int) -> None:
         if choices > self.settings.max_choices:
             raise RequestError(
-                f"The request asks for {choices} sequences (prompts × n); at most {self.settings.max_choices} are allowed.",
+                f"{choices} sequences (prompts × n) are asked for; at most {self.settings.max_choices} are allowed.",
                 "n",
             )
 
@@ -186,7 +186,15 @@ class Service:
                 )
             )
         metrics = await self.metrics()
-        return Generation(self.client, self.tokenizer, metrics, prompts, requests, visit.arrival_time)
+        return Generation(
+            self.client,
+            self.tokenizer,
+            metrics,
+            prompts,
+            requests,
+            visit.arrival_time,
+            only_scores=only_scores(body),
+        )
 
     def _answer(self, body: GenerationBody, generation: Generation, dialect: Dialect, visit: Visit) -> Response:
         timeout_s = self.settings.request_timeout_s

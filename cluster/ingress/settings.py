@@ -19,24 +19,24 @@ class SamplingDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class IngressSettings:
     """One ingress.
 
-    served_model_names: names requests may use; answers carry the first one. model_source: where the model comes from, shown
-        as `root` in /v1/models. created: Unix seconds, shown there.
+    served_model_names: names requests may use; answers carry the first one. model_source: where the model comes from,
+        shown as `root` in /v1/models. created: Unix seconds, shown there.
     api_keys: keys of which a client must send one; empty = open to all.
     max_body_bytes: longest request body (413). max_prompt_tokens: longest prompt; None = the model's context.
     max_choices: the most sequences one request may ask for, prompts × n.
     max_ongoing_requests: requests in progress here beyond which new ones get 429; None = the engines' limits alone.
     request_timeout_s: a request older than this ends with an error; None = no limit.
-    early_errors_s: how long a stream's status line waits for the first token, so that a refusal can still be a 4xx or 5xx.
+    early_errors_s: how long a stream's status line waits for the first token, so that a refusal can still be a 4xx.
     defaults: sampling values for requests that name none.
-    chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own; off
-        by default, since a template is a program that can take any time.
+    chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own;
+        off by default, as in vLLM, since a template is a program that can take any time.
     allowed_origins: browser origins that may call (CORS); empty = none.
     tokenize_in_thread_chars: texts longer than this are tokenized beside the event loop, not on it.
     """

@@ -1,7 +1,7 @@
 """Prometheus metrics of one ingress: vLLM's names with the prefix `octavo:`, and vLLM's buckets.
 
-What the ingress sees of requests (latencies, lengths, ends) is counted here as it happens, in a registry of its own. What
-the engines know (queues, KV, token counts) is read from their `EngineStats` at scrape time and kept nowhere.
+What the ingress sees of requests (latencies, lengths, ends) is counted here as it happens, in a registry of its own.
+What the engines know (queues, KV, token counts) is read from their `EngineStats` at scrape time and kept nowhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from octavo.engine.types import EngineStats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # fmt: off
-TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+TTFT_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560
+)
 TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 # fmt: on
