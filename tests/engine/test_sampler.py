@@ -139,7 +139,7 @@ def sequence_of_all_kinds(rng: np.random.Generator) -> Sequence:
     return Sequence(params_of_all_kinds(rng), prompt, int(rng.integers(0, 2**63)), stops, words)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32))
 def test_mixed_batches_are_the_definition_over_many_steps(seed: int):
     rng = np.random.default_rng(seed)
@@ -168,7 +168,7 @@ def test_mixed_batches_are_the_definition_over_many_steps(seed: int):
             bench.enter(slot, sequence_of_all_kinds(rng))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32))
 def test_a_sequence_alone_draws_what_it_draws_in_a_batch(seed: int):
     rng = np.random.default_rng(seed)
@@ -189,7 +189,7 @@ def _lists(sequence: Sequence) -> tuple:
     return sequence.stop_token_ids, sequence.bad_words
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), when=st.integers(1, 9))
 def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(seed: int, when: int):
     """Preempted after `when` tokens, it enters another slot, which had another owner, with the tokens it has."""
@@ -292,6 +292,19 @@ def test_lists_of_seen_tokens_outgrow_their_first_size():
     assert torch.equal(drawn, torch.arange(steps)[:, None].expand(-1, 12))  # each token once, in order
 
 
+def test_a_token_drawn_again_and_again_is_listed_once():
+    """So the list never outgrows the vocabulary, and a penalty's cost does not grow with the output."""
+    state, sampler = SamplingState(1, 1000, 5, CPU), Sampler()
+    state.enter(NewSequence(0, (1, 1, 4), 3, GREEDY.replace(repetition_penalty=1.01), 0, ()))
+    tokens = torch.zeros((1, 1001), dtype=torch.int64)
+    logits = torch.tensor([[1.0, 2.0, 50.0, 3.0, 0.0]])
+    for n in range(700):
+        assert sampler.sample(logits.clone(), [0], [3 + n], state, tokens).token_ids.item() == 2
+    assert state.penalties._num_seen[0] == 3
+    assert state.penalties._counts[0].tolist() == [0, 0, 700, 0, 0]
+    assert state.penalties._bound[0] <= 5
+
+
 def test_a_slot_remembers_nothing_of_its_last_owner():
     bench = Bench(4)
     busy = GREEDY.replace(
@@ -380,6 +393,18 @@ def test_slots_and_positions_may_be_tensors_and_logits_any_float():
     from_tensors = bench.sampler.sample(logits, torch.tensor([3]), torch.tensor([1]), bench.state, bench.tokens)
     assert torch.equal(from_lists.token_ids, from_tensors.token_ids)
     assert from_lists.token_ids.dtype == torch.int64
+
+
+def test_under_inference_mode():
+    with torch.inference_mode():
+        bench = Bench()
+        for slot in range(4):
+            busy = SamplingParams(
+                top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, logprobs=2, temperature=slot / 2
+            )
+            bench.enter(slot, Sequence(busy, (1, 2), slot, bad_words=((3, 4),)))
+        for _ in range(3):
+            assert all(result.error is None for result in bench.step(torch.randn(4, VOCAB), [0, 1, 2, 3]))
 
 
 def test_no_rows():

@@ -67,7 +67,7 @@ def logits_like(rng: np.random.Generator, rows: int, vocab: int, spread: float, 
     return logits.bfloat16().float() if coarse else logits
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     vocab=st.sampled_from([1, 2, 7, 63, 64, 65, 128, 500, 1024, 3000]),
@@ -89,7 +89,7 @@ def test_draw_is_the_definition(seed, vocab, spread, coarse, temperature, top_k,
             check_token(token, logits[row].numpy(), asked.uniforms[row], kept, temperature)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     vocab=st.sampled_from([640, 2560, 5001]),

@@ -34,7 +34,7 @@ def check(entry: TokenLogprobs, logits: np.ndarray, token: int, k: int) -> None:
     assert logits[list(top)].tolist() == np.sort(logits)[::-1][:size].tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     vocab=st.sampled_from([1, 5, 64, 200, 3000]),
