@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Sizes of the measured matmuls [M, K] @ [K, N]: a prefill chunk through a small and a larger model's layers, and a cube.
+# [M, K] @ [K, N] of the measured matmuls: prefill chunks through a small model's layers, and a cube.
 MATMULS = ((512, 576, 1536), (2048, 1536, 576), (2048, 2048, 2048))
 ARRAY_BYTES = 512 * 2**20
 
@@ -127,7 +127,7 @@ def describe(machine: Machine) -> str:
 
 def main() -> None:
     from checkpoint import model_shape
-    from report import console, table
+    from report import console, show, table
 
     parser = argparse.ArgumentParser(description="Measure the machine, and what a model could do on it at best.")
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="preset, folder, .gguf or hub id; '' = none")
@@ -145,7 +145,6 @@ def main() -> None:
         return
     shape = model_shape(args.model, args.bytes_per_parameter)
     found = table(
-        f"floor of {args.model}: {args.input_len} tokens in, {args.output_len} out",
         ("n", "prefill tokens/s", "decode step ms", "decode tokens/s", "whole run, generated tokens/s"),
     )
     for n in args.n:
@@ -157,7 +156,7 @@ def main() -> None:
             f"{n / step:,.0f}",
             f"{n * args.output_len / run_s(machine, shape, n, args.input_len, args.output_len):,.0f}",
         )
-    console.print(found)
+    show(f"floor of {args.model}: {args.input_len} tokens in, {args.output_len} out", found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every metric formula, once. Times are seconds on one monotonic clock; the unit is in the name.
 
-Knows timings of single requests and what follows from them. Does not know how they were measured. A failed request has an
-error and no latency: it is counted, and enters no formula below but `failed`.
+Knows timings of single requests and what follows from them. Does not know how they were measured. A failed request has
+an error and no latency: it is counted, and enters no formula below but `failed`.
 
 TTFT: start of the request to its first token at the client. ITL: gap between two successive tokens, a distribution over
 all gaps. TPOT: (last - first token time) ÷ (tokens - 1), one number per request. Goodput: requests per second that kept
@@ -21,7 +21,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What one request did. `token_times_s`: when each piece of the answer arrived, one entry per token if that is known."""
+    """What one request did. `token_times_s`: when each piece of the answer arrived, one entry per token where known."""
 
     start_s: float
     end_s: float
@@ -154,7 +154,7 @@ def summarize(timings: Sequence[Timing], duration_s: float, slo: Slo | None = No
 
 
 def vllm_fields(summary: Summary) -> dict[str, float | int | None]:
-    """The summary under the field names of `vllm bench serve`'s result file (latencies in milliseconds; nan as None)."""
+    """The summary under the field names of `vllm bench serve`'s result file (latencies in ms; None where nan)."""
     fields: dict[str, float | int | None] = {
         "duration": summary.duration_s,
         "completed": summary.completed,

@@ -25,12 +25,18 @@ PACKAGES = ("octavo", "torch", "transformers", "ray", "numpy")
 console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], left: int = 1) -> Table:
+def table(columns: Sequence[str], left: int = 1) -> Table:
     """An empty table; the first `left` columns are words, the others numbers."""
-    made = Table(title=title, title_justify="left")
+    made = Table()
     for index, name in enumerate(columns):
         made.add_column(name, justify="left" if index < left else "right")
     return made
+
+
+def show(title: str, table: Table) -> None:
+    """Print a table under its title (rich's own titles are broken into lines as narrow as the table)."""
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print(table)
 
 
 def save(name: str, settings: dict[str, Any], results: Any, path: Path | None = None) -> Path:
