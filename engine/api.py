@@ -6,10 +6,10 @@ import asyncio
 import copy
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from octavo.engine.assets import default_params, tokenizer_of
+from octavo.engine.assets import tokenizer_of
 from octavo.engine.build import Engine, build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import RankLost, RequestError
@@ -47,7 +47,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, else the defaults."""
-        return default_params(self.config)
+        return _default_params(self.info)
 
     def generate(
         self,
@@ -167,7 +167,7 @@ class AsyncLLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        return default_params(self.config)
+        return _default_params(self.info)
 
     async def generate(
         self,
@@ -224,6 +224,12 @@ class AsyncLLM:
             queue = self._queues.get(delta.request_id)
             if queue is not None:
                 queue.put_nowait(delta)
+
+
+def _default_params(info: EngineInfo) -> SamplingParams:
+    """SamplingParams with what the checkpoint recommends, where it says anything."""
+    recommended = asdict(info.generation_defaults)
+    return SamplingParams(**{name: value for name, value in recommended.items() if value is not None})
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

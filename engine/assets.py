@@ -1,10 +1,9 @@
-"""What of a model is not weights: its tokenizer, and the sampling parameters its authors recommend."""
+"""What of a model is not weights: its tokenizer."""
 
 from __future__ import annotations
 
 from octavo.engine.config import EngineConfig
 from octavo.engine.loader.source import resolve_model
-from octavo.engine.params import SamplingParams
 from octavo.engine.text.byte_tokenizer import ByteTokenizer
 from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -16,13 +15,3 @@ def tokenizer_of(config: EngineConfig) -> Tokenizer:
         return ByteTokenizer()
     source = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
     return load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)
-
-
-def default_params(config: EngineConfig) -> SamplingParams:
-    """SamplingParams with what the checkpoint's generation_config.json recommends, if it says anything."""
-    from octavo.engine.loader.defaults import generation_defaults
-
-    if config.model == "fake":
-        return SamplingParams()
-    source = resolve_model(config.model, revision=config.revision, download_dir=config.download_dir)
-    return SamplingParams(**generation_defaults(source))

@@ -90,6 +90,18 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling parameters the model's authors recommend, for what a request leaves open. None = no recommendation."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What a built engine is: facts read from its checkpoint or measured at start.
 
@@ -104,6 +116,7 @@ class EngineInfo:
     device: str
     block_size: int
     num_blocks: int
+    generation_defaults: GenerationDefaults = GenerationDefaults()
     phases: tuple[tuple[str, float], ...] = ()
 
 

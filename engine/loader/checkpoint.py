@@ -7,27 +7,15 @@ a tensor, and nobody keeps one, so that loading needs little more memory than th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from octavo.engine.loader.source import ModelSource
+from octavo.engine.types import GenerationDefaults
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """Sampling parameters the model's authors recommend, for what a request leaves open. None = no recommendation."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
 
 
 class Checkpoint(Protocol):

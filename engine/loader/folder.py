@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.engine.errors import ConfigError
-from octavo.engine.loader.checkpoint import Checkpoint, GenerationDefaults
+from octavo.engine.loader.checkpoint import Checkpoint
 from octavo.engine.loader.weight_files import find_weights, read_json
+from octavo.engine.types import GenerationDefaults
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from octavo.engine.errors import ConfigError
-from octavo.engine.loader.checkpoint import GenerationDefaults
 from octavo.engine.loader.dequant import TYPES, TensorType, dequantize
 from octavo.engine.loader.gguf_config import Facts, make_config
 from octavo.engine.loader.gguf_header import Header, TensorInfo, read_header
 from octavo.engine.loader.gguf_names import IGNORED, RULES, Place
+from octavo.engine.types import GenerationDefaults
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -24,7 +24,7 @@ from octavo.engine.runner.buffers import Buffers
 from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
 from octavo.engine.runner.runner import Model, Runner
 from octavo.engine.runner.sampling_state import SamplingState
-from octavo.engine.types import EngineInfo
+from octavo.engine.types import EngineInfo, GenerationDefaults
 from octavo.kernels import ops as kernel_ops
 
 
@@ -47,7 +47,7 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
             load_weights(model, checkpoint.tensors())
     with phases.phase("KV cache"):
         specs = model.kv_specs()
-        num_blocks = plan_num_blocks(config, specs, length, device, _step_bytes(config, model, device))
+        num_blocks = plan_num_blocks(config, specs, length, device, _step_bytes(config, model, length, device))
         if config.max_model_len is None:
             length = min(length, num_blocks * config.block_size)
         info = EngineInfo(
@@ -59,6 +59,7 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
             device=str(device),
             block_size=config.block_size,
             num_blocks=num_blocks,
+            generation_defaults=checkpoint.generation_defaults or GenerationDefaults(),
         )
         pool = KVPool.allocate(specs, num_blocks, config.block_size, device)
         buffers = Buffers(config.max_num_seqs, length, config.block_size)
@@ -95,7 +96,7 @@ def _context_length(config: EngineConfig, of_model: int) -> int:
     return config.max_model_len
 
 
-def _step_bytes(config: EngineConfig, model: Model, device: torch.device) -> int:
+def _step_bytes(config: EngineConfig, model: Model, length: int, device: torch.device) -> int:
     """Device memory a step of the full token budget needs for activations, by running one. 0 on CPU."""
     if device.type != "cuda":
         return 0
@@ -104,8 +105,10 @@ def _step_bytes(config: EngineConfig, model: Model, device: torch.device) -> int
     before = torch.cuda.memory_allocated(device)
     specs = model.kv_specs()
     pool = KVPool.allocate(specs, -(-tokens // config.block_size), config.block_size, device)
-    buffers = Buffers(1, tokens, config.block_size)
-    inputs = buffers.inputs((Row(slot=0, start=0, num_tokens=tokens, write_from=tokens, samples=True),), device)
+    widths = [min(length, tokens - start) for start in range(0, tokens, length)]
+    buffers = Buffers(len(widths), length, config.block_size)
+    rows = tuple(Row(slot, 0, width, write_from=width, samples=True) for slot, width in enumerate(widths))
+    inputs = buffers.inputs(rows, device)
     with torch.inference_mode():
         hidden = model(inputs.input_ids, inputs.positions, pool.caches, inputs.attention)
         model.logits(hidden[: config.max_num_seqs])

@@ -5,10 +5,12 @@ Planned from the `KVSpec`s that the layers declare; nobody computes KV bytes fro
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from octavo.engine.config import EngineConfig
@@ -30,7 +32,8 @@ class KVPool:
         def cache(spec: KVSpec) -> torch.Tensor:
             # Zeros, not empty: masked positions are multiplied by 0, and 0 * NaN would be NaN.
             shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_size)
-            return torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
+            dtype = getattr(torch, spec.dtype)
+            return _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(tuple((cache(spec), cache(spec)) for spec in specs), block_size)
 
@@ -56,6 +59,14 @@ def plan_num_blocks(
             f"{2 * block_bytes / 2**20:.1f} MiB: set kv_cache_memory_bytes higher."
         )
     return blocks
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that the operating system hands out page by page when they are written. Aligned to cache lines."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, dtype=np.uint8)
+    first = -raw.ctypes.data % 64
+    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)
 
 
 def _cpu_bytes() -> int:

@@ -51,21 +51,17 @@ class _PieceDetokenizer:
         self._pieces = pieces
         self._skipped = tokenizer.is_special if skip_special else _never
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # A prompt may end inside a character, whose rest is then ours; these are its first bytes.
-        self._borrowed = b""
         self._at_start = not any(map(self._counts, prompt))
-        self._strip_one = self._at_start and pieces.leading_space is LeadingSpace.STRIP_ONE
-        if not self._at_start:
-            self._borrowed = _partial_character(b"".join(self._last_bytes(prompt)))
+        # What to take off the first text there is.
+        self._unwanted = " " if self._at_start and pieces.leading_space is LeadingSpace.STRIP_ONE else ""
+        if not self._at_start and (partial := _partial_character(b"".join(self._last_bytes(prompt)))):
+            # The prompt ends inside a character. If our first bytes complete it, it is ours; if not, it is U+FFFD, and
+            # the prompt's.
+            self._utf8.decode(partial)
+            self._unwanted = _REPLACEMENT
 
     def push(self, token_ids: Sequence[int]) -> str:
         data = b"".join(map(self._bytes_of, token_ids))
-        if not data:
-            return ""
-        if self._borrowed:
-            if 0x80 <= data[0] < 0xC0:
-                data = self._borrowed + data
-            self._borrowed = b""
         return self._strip(self._utf8.decode(data))
 
     def finish(self) -> str:
@@ -83,9 +79,8 @@ class _PieceDetokenizer:
         return self._pieces.bytes_of(token_id)
 
     def _strip(self, text: str) -> str:
-        if self._strip_one and text:
-            self._strip_one = False
-            return text.removeprefix(" ")
+        if self._unwanted and text:
+            text, self._unwanted = text.removeprefix(self._unwanted), ""
         return text
 
     def _last_bytes(self, prompt: Sequence[int]) -> list[bytes]:

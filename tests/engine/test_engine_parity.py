@@ -40,7 +40,7 @@ def start(folder: Path, **options: object) -> EngineCore:
     settings = {
         "dtype": "float32",
         "block_size": 8,
-        "max_model_len": 96,
+        "max_model_len": 64,
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 200,
     }
