@@ -265,5 +265,5 @@ def _merges_from_ranks(vocab: dict[str, int], ranks: dict[str, float]) -> list[t
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab:
                 found.append((rank, vocab[token], vocab[left], vocab[right], left, right))
-    found.sort(key=lambda e: e[1])
+    found.sort()
     return [(entry[4], entry[5]) for entry in found]
