@@ -86,6 +86,27 @@ def test_sentencepiece_gguf_encodes_like_sentencepiece(tmp_path: Path, sentencep
         ]
 
 
+def test_sentencepiece_merges_by_score_and_gemma_by_place(tmp_path: Path, sentencepiece_model: Path) -> None:
+    """Merging follows the scores however the pieces are numbered; in Gemma's files, their numbers."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    size = processor.get_piece_size()
+    first = next(i for i in range(size) if not (processor.is_byte(i) or i < 3))
+    order = [*range(first), *reversed(range(first, size))]
+    pieces = [processor.id_to_piece(i) for i in order]
+    scores = [processor.get_score(i) for i in order]
+    kinds = [2 if i == 0 else 3 if i < 3 else 6 if i < first else 1 for i in range(size)]
+    renumbered = sentencepiece_gguf(
+        tmp_path / "r.gguf", sentencepiece_model, ggml_tokens=pieces, ggml_scores=scores, ggml_token_type=kinds
+    )
+    gemma = sentencepiece_gguf(
+        tmp_path / "g.gguf", sentencepiece_model, architecture="gemma2", ggml_scores=[0.0] * size
+    )
+    for loaded in (load_tokenizer(renumbered), load_tokenizer(gemma)):
+        for text in TEXTS:
+            ids = loaded.encode(text, add_special_tokens=False)
+            assert loaded.convert_ids_to_tokens(ids) == processor.encode(text, out_type=str)
+
+
 def test_gguf_tokens_added_by_the_user_are_found_and_shown(tmp_path: Path) -> None:
     original = train_byte_level("qwen2")
     tokens = sorted(original.get_vocab(), key=original.get_vocab().__getitem__)
