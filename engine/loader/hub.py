@@ -44,20 +44,14 @@ class Listing:
 
 def cached(source: HubRepo, cache_dir: str | None) -> Path | None:
     """The complete model in the local cache: its folder, or its file if `source` names one. Asks no network."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = source.file or "config.json"
-    found = try_to_load_from_cache(source.repo, name, cache_dir=cache_dir, revision=source.revision)
-    if not isinstance(found, str):
-        return None
-    if source.file is not None:
-        return Path(found)
-    folder = Path(found).parent
+    found = _has(source.repo, source.file or "config.json", source.revision, cache_dir)
+    if found is None or source.file is not None:
+        return found
     try:
-        find_weights(folder)
+        find_weights(found.parent)
     except ConfigError:  # a download that was broken off, or one of another program that wanted no weights
         return None
-    return folder
+    return found.parent
 
 
 def fetch(source: HubRepo, cache_dir: str | None, progress: Progress) -> Path:
@@ -69,18 +63,24 @@ def fetch(source: HubRepo, cache_dir: str | None, progress: Progress) -> Path:
         return found  # a commit never changes
     listing = _ask(source)
     wanted = _choose(source, listing)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    missing = [(name, size) for name, size in wanted if not _has(source.repo, name, listing.commit, cache_dir)]
+    if missing:
+        _download(source.repo, listing.commit, wanted, missing, cache_dir, progress)
+    first = wanted[0][0]
+    found = _has(source.repo, first, listing.commit, cache_dir)
+    if found is None:
+        raise ConfigError(f"Downloading {source.repo} brought no {first}.")
+    folder = found.parents[first.count("/")]
+    _remember(source, listing.commit, folder)
+    return found if source.file else folder
 
-    try:
-        with _watched(source.repo, wanted, cache_dir, progress):
-            folder = snapshot_download(
-                source.repo, revision=listing.commit, cache_dir=cache_dir, allow_patterns=[name for name, _ in wanted]
-            )
-        _remember(source, listing.commit, Path(folder))
-    except (HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"Downloading {source.repo} failed: {_sentence(error)}") from error
-    return Path(folder) / source.file if source.file else Path(folder)
+
+def _has(repo: str, name: str, commit: str | None, cache_dir: str | None) -> Path | None:
+    """A file in the local cache. commit: or the name of a revision; None = main."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=commit)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _ask(source: HubRepo) -> Listing:
@@ -138,6 +138,23 @@ def _choose(source: HubRepo, listing: Listing) -> list[tuple[str, int]]:
         hint = f" It has GGUF files: name one, as in {source.repo}/{ggufs[0]}." if ggufs else ""
         raise ConfigError(f"{source.repo} holds neither *.safetensors nor pytorch_model*.bin.{hint}")
     return weights + [(name, size) for name, size in listing.files if _COMPANIONS.fullmatch(name)]
+
+
+def _download(
+    repo: str,
+    commit: str,
+    wanted: list[tuple[str, int]],
+    missing: list[tuple[str, int]],
+    cache_dir: str | None,
+    progress: Progress,
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _watched(repo, missing, cache_dir, progress):
+            snapshot_download(repo, revision=commit, cache_dir=cache_dir, allow_patterns=[name for name, _ in wanted])
+    except Exception as error:  # of HTTP libraries that change from version to version, of the disk, of the hub
+        raise ConfigError(f"Downloading {repo} failed: {_sentence(error)}") from error
 
 
 @contextmanager

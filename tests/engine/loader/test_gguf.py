@@ -60,7 +60,11 @@ class Case:
 
 CASES = {
     "llama-tied": Case(MODEL_ARCH.LLAMA, "LlamaConfig", {"tie_word_embeddings": True}),
-    "llama3-rope": Case(MODEL_ARCH.LLAMA, "LlamaConfig", {"rope_parameters": LLAMA3, "head_dim": 32}),
+    "llama3-rope": Case(
+        MODEL_ARCH.LLAMA,
+        "LlamaConfig",
+        {"rope_parameters": LLAMA3, "head_dim": 32, "max_position_embeddings": 16384},
+    ),
     "llama-bias": Case(MODEL_ARCH.LLAMA, "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "mistral": Case(MODEL_ARCH.LLAMA, "MistralConfig", {"sliding_window": 8, "head_dim": 8}),
     "qwen2-yarn": Case(MODEL_ARCH.QWEN2, "Qwen2Config", {"rope_parameters": YARN}),
@@ -322,7 +326,10 @@ def _write_llama(
         writer.add_tensor(key, value)
     if kind is not None:
         writer.add_tensor(
-            "output.weight", np.zeros((96, 64), dtype=np.uint8), raw_shape=(96, 64), raw_dtype=GGMLQuantizationType(kind)
+            "output.weight",
+            np.zeros((96, 64), dtype=np.uint8),
+            raw_shape=(96, 64),
+            raw_dtype=GGMLQuantizationType(kind),
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
