@@ -136,9 +136,10 @@ def draw(blocks: Blocks, draws: Draws, vocab_size: int, narrow_blocks: int = NAR
             of_plain = _index(plain[unbounded], device)
             tokens[_index(plain, device)] = _draw_plain(blocks, _Numbers.of(draws.pick(plain), device), edges[of_plain])
     left = np.flatnonzero(~plain)
-    largest_k = int(draws.top_k[left][draws.top_k[left] < vocab_size].max(initial=0))
-    if narrow_blocks < largest_k <= 4 * narrow_blocks:
-        narrow_blocks = largest_k
+    bounds = draws.top_k[left][draws.top_k[left] < vocab_size]
+    largest_k = int(bounds.max(initial=1))
+    if largest_k <= 4 * narrow_blocks and (largest_k > narrow_blocks or len(bounds) == len(left)):
+        narrow_blocks = largest_k  # k blocks surely hold the k most likely tokens
     # A sync-free device cannot ask which rows the narrow way has settled, so there every row goes the whole way.
     if len(left) and device.type == "cpu" and narrow_blocks * 2 < blocks.maxima.shape[1]:
         numbers = _Numbers.of(draws.pick(left), device)
