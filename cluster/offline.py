@@ -26,6 +26,7 @@ from octavo.engine.params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 512
 SHOWN_FAILURES = 20
+ANSWER_STARTS = b'{"id": '
 SAMPLING_FIELDS = frozenset(f.name for f in dataclasses.fields(SamplingParams)) - {"detokenize"}
 OTHER_FIELDS = frozenset(
     {"id", "prompt", "messages", "chat_template_kwargs", "max_completion_tokens", "priority", "cache_salt"}
@@ -147,19 +148,16 @@ def repair(target: Path) -> set[str]:
         whole = 0
         for number, line in enumerate(file, 1):
             key = _key_of_answer(line)
-            if key is None:
-                if file.read(1):  # more comes after it
-                    raise ConfigError(
-                        f"{target}, line {number}, is not an answer of this command; use another output file."
-                    )
-                if line.endswith(b"\n") and line.strip():
-                    raise ConfigError(
-                        f"{target}, line {number}, is not an answer of this command; use another output file."
-                    )
+            if key is not None:
+                done.add(key)
+                whole += len(line)
+            elif not line.endswith(b"\n") and ANSWER_STARTS.startswith(line[: len(ANSWER_STARTS)]):
                 file.truncate(whole)
                 break
-            done.add(key)
-            whole += len(line)
+            else:
+                raise ConfigError(
+                    f"{target}, line {number}, is not an answer of this command; use another output file."
+                )
     return done
 
 
@@ -265,7 +263,7 @@ async def _run(
                     await places.acquire()
                     group.create_task(work(task))
                     task = next(tasks, None)
-    except* RankLost as lost:
+    except* (RankLost, OSError) as lost:
         raise lost.exceptions[0] from None
     finally:
         await asyncio.to_thread(llm.shutdown)

@@ -1,4 +1,4 @@
-"""Bad input: each row is a 4xx with OpenAI's error body, one sentence that names the field; the engine hears nothing."""
+"""Bad input: each row is a 4xx with OpenAI's error body, a sentence that names the field; the engine hears nothing."""
 
 import json
 import logging
