@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,8 @@ import torch
 from checkpoint import model_folder, model_shape, vocab_size
 from floor import Machine, ModelShape, best_of, describe, measure_machine, run_s
 from metrics import throughput
+from options import engine_options
+from prompts import random_prompts
 from report import RESULTS, console, save, table
 from report import show as show_table
 from venvs import find_python, is_unfinished, libiomp5, make_venv
@@ -98,12 +100,6 @@ def pythons(names: Sequence[str], venvs: Path, install: bool) -> dict[str, Path]
     return found
 
 
-def prompts_of(round_: int, n: int, length: int, vocab: int) -> list[list[int]]:
-    """`n` random prompts, new in every round, the same for all engines. The lowest ids are control tokens."""
-    draw = random.Random(f"{round_}/{n}/{length}")
-    return [[draw.randrange(min(100, vocab // 2), vocab) for _ in range(length)] for _ in range(n)]
-
-
 def measure(engines: Sequence[Engine], folder: Path, args: argparse.Namespace) -> dict[str, Measured]:
     """Load all engines one after the other, then run the rounds. An engine that fails is left out from there on."""
     workers: dict[str, Worker] = {}
@@ -117,7 +113,7 @@ def measure(engines: Sequence[Engine], folder: Path, args: argparse.Namespace) -
                 with console.status(f"loading {wanted.name}"):
                     job = {"op": "load", "model": str(folder), "max_rows": max(args.n)}
                     answer = worker.ask(job, args.load_timeout)
-                    warm_up = prompts_of(-1, max(args.n), args.input_len, vocab)
+                    warm_up = random_prompts(max(args.n), args.input_len, vocab, "warm-up")
                     worker.ask({"op": "generate", "prompts": warm_up, "output_len": 4}, args.load_timeout)
             except WorkerError as error:
                 console.print(f"[red]{wanted.name} is left out: {error}[/red]")
@@ -128,7 +124,7 @@ def measure(engines: Sequence[Engine], folder: Path, args: argparse.Namespace) -
             console.print(f"{wanted.name}: {about}, {answer['notes']}, loaded in {answer['seconds']:.1f} s")
         for round_ in range(args.rounds):
             for n in args.n:
-                prompts = prompts_of(round_, n, args.input_len, vocab)
+                prompts = random_prompts(n, args.input_len, vocab, (round_, n))
                 for name in rotated(list(workers), round_):
                     with console.status(f"round {round_ + 1} of {args.rounds}, n={n}: {name}"):
                         try:
@@ -258,7 +254,7 @@ def main() -> None:
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
     found = pythons(args.engines, args.venvs, args.install)
-    options = {"octavo": args.octavo_options}
+    options = {"octavo": (json.dumps(engine_options(args.octavo_options)),)}
     engines = [
         engine(name, python, args.threads, options.get(name, ()), args.vllm_eager) for name, python in found.items()
     ]

@@ -13,8 +13,8 @@ def test_lengths_are_within_the_bounds():
 
 
 def test_one_sequence_by_hand():
-    # The prompt of 8 and two of the three generated tokens are computed (the last never is), in steps that end with 8, 9
-    # and 10 used slots in blocks of 8.
+    # The prompt of 8 and two of the three generated tokens are computed (the last never is), in steps that end with
+    # 8, 9 and 10 used slots in blocks of 8.
     result = run([(8, 3)], block_size=8, longest=16, num_blocks=4, max_num_seqs=1)
     assert result.sequences == 1
     unused, allocated = 0 + 7 + 6, 8 + 16 + 16
