@@ -2,7 +2,8 @@
 
 Every call takes the next of several weights, more of them than the caches hold, as a model's layers would. Times are
 medians of single calls. GB/s counts the weight once, GFLOP/s two operations per multiply-add. The last table adds up a
-whole model's linear layers per step. "prepacked" weights are kept in oneDNN's own blocked layout, one for all row counts.
+whole model's linear layers per step. "prepacked" weights are kept in oneDNN's own blocked layout, one for every number
+of rows.
 """
 
 from __future__ import annotations
