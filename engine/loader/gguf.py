@@ -163,7 +163,6 @@ def _place_all(headers: dict[Path, Header], facts: Facts) -> tuple[_Stored, ...]
     rules, heads, kv_heads = RULES[facts.arch], facts.num_heads, facts.num_kv_heads
     found = []
     for path, header in headers.items():
-        size = path.stat().st_size
         for info in sorted(header.tensors, key=lambda info: info.offset):
             if info.name.endswith(IGNORED):
                 continue
@@ -171,8 +170,7 @@ def _place_all(headers: dict[Path, Header], facts: Facts) -> tuple[_Stored, ...]
             if place is None:
                 raise ConfigError(f"{path} holds tensor {info.name!r}, which no {facts.arch} model has.")
             stored = _Stored(path, info, _tensor_type(path, info), place)
-            if info.offset + stored.num_bytes > size:
-                raise ConfigError(f"{path} is cut off: tensor {info.name!r} lies beyond its end. Download it again.")
+            _check_within(path, info, stored.num_bytes)
             found.append(stored)
     return tuple(found)
 
@@ -190,15 +188,19 @@ def _tensor_type(path: Path, info: TensorInfo) -> TensorType:
     return kind
 
 
+def _check_within(path: Path, info: TensorInfo, num_bytes: int) -> None:
+    if info.offset + num_bytes > path.stat().st_size:
+        raise ConfigError(f"{path} is cut off: tensor {info.name!r} lies beyond its end. Download it again.")
+
+
 def _numbers(path: Path, info: TensorInfo) -> tuple[float, ...]:
     """The values of a small unquantized tensor."""
     kind = _tensor_type(path, info)
     size = kind.num_bytes(math.prod(info.shape))
+    _check_within(path, info, size)
     with open(path, "rb") as file:
         file.seek(info.offset)
         raw = file.read(size)
-    if len(raw) < size:
-        raise ConfigError(f"{path} is cut off: tensor {info.name!r} lies beyond its end. Download it again.")
     return tuple(dequantize(torch.frombuffer(bytearray(raw), dtype=torch.uint8), kind).double().tolist())
 
 

@@ -95,17 +95,20 @@ def make_config(facts: Facts) -> PretrainedConfig:
             raise ConfigError(f"{facts.path}: {facts.arch} models with {key} are not supported.")
     import transformers  # its import takes a second; names are found lazily in it
 
-    name, architecture, fields = build(facts)
     metadata = facts.metadata
     tokens = {
         f"{token}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id", int)
         for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    common = {"architectures": [architecture], "vocab_size": facts.vocab_size, "tie_word_embeddings": facts.tied}
     try:
+        name, architecture, fields = build(facts)
+        common = {"architectures": [architecture], "vocab_size": facts.vocab_size, "tie_word_embeddings": facts.tied}
         return getattr(transformers, name)(**common, **tokens, **fields)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{facts.path}: its metadata makes no valid {name}: {error}.") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers raises the validation errors of several libraries
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{facts.path}: its metadata makes no valid {facts.arch} config: {reason}") from error
 
 
 def _decoder(facts: Facts) -> Fields:

@@ -114,7 +114,7 @@ class _Reader:
         self.at = 0
 
     def read(self, want: Callable[[str], bool]) -> Header:
-        if self.data[:4] != b"GGUF":
+        if bytes(self.data[:4]) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         self.at = 4
         version = self.take(_U32)
@@ -130,8 +130,8 @@ class _Reader:
                 values[key] = value
         found = [self.tensor() for _ in range(num_tensors)]
         alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0:
-            raise ValueError(f"its alignment is {alignment!r}")
+        if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+            raise ValueError(f"its alignment is {alignment!r}, not a multiple of 8")
         start = -(-self.at // alignment) * alignment
         tensors = tuple(TensorInfo(name, shape, kind, start + offset) for name, shape, kind, offset in found)
         return Header(Metadata(self.path, values), tensors)
@@ -187,4 +187,7 @@ class _Reader:
         if not 0 < num_dims <= _MAX_DIMS:
             raise ValueError(f"tensor {name!r} has {num_dims} dimensions")
         shape = tuple(self.take(_U64) for _ in range(num_dims))[::-1]
-        return name, shape, self.take(_U32), self.take(_U64)
+        kind, offset = self.take(_U32), self.take(_U64)
+        if offset % 8:
+            raise ValueError(f"tensor {name!r} lies at the odd place {offset}")
+        return name, shape, kind, offset

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.engine.errors import ConfigError
+
 Undo = Callable[[torch.Tensor], torch.Tensor]
 
 # Read into the config (see gguf_config), or tables that can be recomputed: no weights of the model.
@@ -64,6 +66,10 @@ class NameRules:
 
 def _unrotate(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """tensor: [heads × D, ...]. Rotation pairs the components 2i and 2i + 1 of a head in GGUF, i and i + D/2 in HF."""
+    if tensor.shape[0] % (2 * heads):
+        raise ConfigError(
+            f"A query or key of {tensor.shape[0]} rows does not split into {heads} heads: damaged metadata."
+        )
     return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
