@@ -6,16 +6,16 @@ import secrets
 from typing import TypeVar
 
 from octavo.cluster.ingress.protocol import ChatBody, CompletionBody, GenerationBody
-from octavo.cluster.ingress.settings import SamplingDefaults
 from octavo.engine.errors import RequestError
 from octavo.engine.params import MAX_LOGPROBS, SamplingParams
+from octavo.engine.types import GenerationDefaults
 
 DEFAULT_COMPLETION_TOKENS = 16
 T = TypeVar("T")
 
 
 def sampling_params(
-    body: GenerationBody, defaults: SamplingDefaults, prompt_tokens: int, context: int
+    body: GenerationBody, defaults: GenerationDefaults, prompt_tokens: int, context: int
 ) -> SamplingParams:
     """How to sample for a prompt of `prompt_tokens` tokens in a context of `context` tokens.
 
@@ -60,7 +60,7 @@ def only_scores(body: GenerationBody) -> bool:
     return isinstance(body, CompletionBody) and bool(body.echo) and body.max_tokens == 0
 
 
-def _max_tokens(body: GenerationBody, defaults: SamplingDefaults, prompt_tokens: int, context: int) -> int:
+def _max_tokens(body: GenerationBody, defaults: GenerationDefaults, prompt_tokens: int, context: int) -> int:
     room = context - prompt_tokens
     name, asked = "max_tokens", body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:

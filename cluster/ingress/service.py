@@ -167,9 +167,10 @@ class Service:
     async def _generation(
         self, body: GenerationBody, prompts: Sequence[Prompt], answer_id: str, visit: Visit, info: EngineInfo
     ) -> Generation:
+        defaults = self.settings.defaults or info.generation_defaults
         requests = []
         for number, prompt in enumerate(prompts):
-            params = sampling_params(body, self.settings.defaults, len(prompt.token_ids), info.max_model_len)
+            params = sampling_params(body, defaults, len(prompt.token_ids), info.max_model_len)
             params.check_vocab(info.vocab_size)
             requests.append(
                 Request(

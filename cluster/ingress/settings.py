@@ -6,20 +6,9 @@ import time
 from dataclasses import dataclass, field
 
 from octavo.engine.errors import ConfigError
+from octavo.engine.types import GenerationDefaults
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """Sampling values for requests that name none, from the model's generation config; None = OpenAI's default."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +23,7 @@ class IngressSettings:
     max_ongoing_requests: requests in progress here beyond which new ones get 429; None = the engines' limits alone.
     request_timeout_s: a request older than this ends with an error; None = no limit.
     early_errors_s: how long a stream's status line waits for the first token, so that a refusal can still be a 4xx.
-    defaults: sampling values for requests that name none.
+    defaults: sampling values for requests that name none; None = what the model's authors recommend.
     chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own;
         off by default, as in vLLM, since a template is a program that can take any time.
     allowed_origins: browser origins that may call (CORS); empty = none.
@@ -51,7 +40,7 @@ class IngressSettings:
     max_ongoing_requests: int | None = None
     request_timeout_s: float | None = None
     early_errors_s: float = 5.0
-    defaults: SamplingDefaults = SamplingDefaults()
+    defaults: GenerationDefaults | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     allowed_origins: tuple[str, ...] = ("*",)

@@ -1,10 +1,13 @@
 """/v1/completions: every form of prompt, whole and streamed, in the shapes of OpenAI's own types."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 from openai.types import Completion
+
+from octavo.engine.types import GenerationDefaults
 
 
 async def complete(http, **body):
@@ -75,14 +78,16 @@ async def test_defaults_are_openais(harness):
 
 
 async def test_model_defaults_apply_to_what_is_not_given(harness):
-    from octavo.cluster.ingress.settings import SamplingDefaults
-
-    client = harness.Client()
-    defaults = SamplingDefaults(temperature=0.3, top_k=7, repetition_penalty=1.1)
-    async with harness.http(client, defaults=defaults) as http:
+    model = GenerationDefaults(temperature=0.3, top_k=7, repetition_penalty=1.1, max_tokens=9)
+    client = harness.Client(info_value=dataclasses.replace(harness.info, generation_defaults=model))
+    async with harness.http(client) as http:
         await complete(http, top_k=3)
-    params = client.seen[0].params
-    assert (params.temperature, params.top_k, params.repetition_penalty) == (0.3, 3, 1.1)
+        await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})
+    async with harness.http(client, defaults=GenerationDefaults(temperature=0.7)) as http:
+        await complete(http)
+    got = [(request.params.temperature, request.params.top_k, request.params.max_tokens) for request in client.seen]
+    assert got == [(0.3, 3, 50), (0.3, 7, 9), (0.7, 0, 50)]
+    assert client.seen[0].params.repetition_penalty == 1.1
 
 
 @pytest.mark.parametrize(
