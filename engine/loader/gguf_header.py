@@ -53,15 +53,15 @@ class Metadata:
     """The key-value pairs of one file, asked for by key and type."""
 
     def __init__(self, path: Path, values: dict[str, Value]) -> None:
+        self.values = values
         self._path = path
-        self._values = values
 
     def __contains__(self, key: str) -> bool:
-        return key in self._values
+        return key in self.values
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
         """The value, or `default` where the key is absent. int counts as float. Raises ConfigError for another type."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         if value is None:
             return default
         if kind is float and type(value) is int:

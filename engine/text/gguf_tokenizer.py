@@ -18,7 +18,7 @@ from typing import Any
 
 from octavo.engine.env import cache_dir
 from octavo.engine.errors import ConfigError
-from octavo.engine.text.gguf_metadata import read_metadata
+from octavo.engine.loader.gguf_header import read_header
 from octavo.engine.text.gguf_splits import SPLITS
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def converted_folder(path: Path) -> Path | None:
 
 def convert(path: Path) -> tuple[Json, Json]:
     """→ (tokenizer.json, tokenizer_config.json). Raises ConfigError for a vocabulary that is not BPE."""
-    metadata = read_metadata(path, lambda key: key.startswith("tokenizer.") or key == "general.architecture")
+    header = read_header(path, lambda key: key.startswith("tokenizer.") or key == "general.architecture")
+    metadata = header.metadata.values
     model = metadata.get("tokenizer.ggml.model")
     if "tokenizer.ggml.tokens" not in metadata:
         raise ConfigError(f"{path} holds no vocabulary: name another tokenizer with `tokenizer`.")

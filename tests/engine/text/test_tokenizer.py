@@ -12,9 +12,9 @@ import sentencepiece
 import tokenizers
 
 from octavo.engine.errors import ConfigError, RequestError
+from octavo.engine.loader.gguf_header import read_header
 from octavo.engine.text import gguf_tokenizer
 from octavo.engine.text.byte_tokenizer import ByteTokenizer
-from octavo.engine.text.gguf_metadata import read_metadata
 from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 from .conftest import (
@@ -210,8 +210,9 @@ def test_metadata_reader_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 
     path = byte_level_gguf(tmp_path / "m.gguf", train_byte_level("smollm"), "smollm")
     expected = {k: f.contents() for k, f in gguf.GGUFReader(path).fields.items() if not k.startswith("GGUF.")}
-    assert read_metadata(path) == expected
-    assert read_metadata(path, lambda key: key == "tokenizer.ggml.pre") == {"tokenizer.ggml.pre": "smollm"}
+    assert read_header(path).metadata.values == expected
+    only = read_header(path, lambda key: key == "tokenizer.ggml.pre").metadata.values
+    assert only == {"tokenizer.ggml.pre": "smollm"}
 
 
 # ---- Hugging Face folders
