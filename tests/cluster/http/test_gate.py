@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -258,3 +260,12 @@ def test_impossible_settings():
     for bad in ({"served_model_names": ()}, {"api_keys": ("",)}, {"max_body_bytes": 0}, {"request_timeout_s": -1}):
         with pytest.raises(ConfigError):
             IngressSettings(**{"served_model_names": ("a",), **bad})
+
+
+def test_the_ingress_starts_without_what_is_slow_to_import():
+    code = (
+        "import sys, octavo.cluster.ingress.app, octavo.cluster.chat, octavo.cluster.offline\n"
+        "print([name for name in ('torch', 'ray', 'transformers', 'openai') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
