@@ -93,8 +93,10 @@ def measure(bench: Bench, n: int, input_len: int, output_len: int, rounds: int) 
 def show_results(
     results: Sequence[Result], machine: Machine, shape: ModelShape | None, args: argparse.Namespace
 ) -> None:
-    columns = ("n", "generated/s", "prefill/s", "decode step", "host", "rank", "TTFT p50", "TPOT p50")
-    found = table((*columns, "floor: generated/s", "prefill/s", "decode step", "of floor"), left=0)
+    columns = ["n", "generated/s", "prefill/s", "decode step", "host", "rank", "TTFT p50", "TPOT p50"]
+    if shape is not None:
+        columns += ["floor: generated/s", "prefill/s", "decode step", "of floor"]
+    found = table(columns, left=0)
     for r in results:
         row = [
             str(r.n),
