@@ -68,6 +68,7 @@ class LMHead(Layer):
     ) -> None:
         super().__init__()
         self.group, self.vocab_size, self.soft_cap = ctx.mesh.tp, vocab_size, soft_cap
+        self.project = ctx.linear_method.project
         # In a list, so that a tied table is found once, under the embedding's name.
         self.tied = [] if tied_to is None else [tied_to]
         if tied_to is None:
@@ -76,5 +77,5 @@ class LMHead(Layer):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weight = self.tied[0].weight if self.tied else self.weight
-        logits = self.group.all_gather(F.linear(hidden, weight)).float()[:, : self.vocab_size]
+        logits = self.group.all_gather(self.project(hidden, weight)).float()[:, : self.vocab_size]
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap

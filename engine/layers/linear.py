@@ -35,6 +35,9 @@ class Linear(Layer):
         else:
             self.method.load(self, name, part, tensor)
 
+    def finish(self) -> None:
+        self.method.finish(self)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.method.apply(self, x, self.bias)
 

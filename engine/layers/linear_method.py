@@ -22,8 +22,14 @@ class LinearMethod(Protocol):
     def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor) -> None:
         """Take one checkpoint tensor that `expects` names, of `part` (None: all parts, in order)."""
 
+    def finish(self, layer: Any) -> None:
+        """All of the layer's tensors are loaded: bring the weight into the form that `apply` wants. Called once."""
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x: [T, in] → [T, out], in x's dtype."""
+
+    def project(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """x: [T, in]; table: [out, in] as it is, because others read it too (a tied head) → [T, out]."""
 
 
 class Unquantized:
@@ -38,5 +44,11 @@ class Unquantized:
     def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor) -> None:
         layer.weight.fill(part, tensor)
 
+    def finish(self, layer: Any) -> None:
+        pass
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, layer.weight, bias)
+
+    def project(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, table)

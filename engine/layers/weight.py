@@ -92,6 +92,9 @@ class Layer(nn.Module):
         found = self.named_parameters(recurse=False)
         return {name: weight for name, weight in found if isinstance(weight, Weight)}
 
+    def finish(self) -> None:
+        """All tensors are loaded. Called once, before the first forward."""
+
     def load(self, name: str, part: str | None, tensor: torch.Tensor) -> None:
         """Take the tensor `name`, of a part or (None) of all parts in order. Raises ConfigError on a wrong shape."""
         self.expects()[name].fill(part, tensor)

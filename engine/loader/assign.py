@@ -51,6 +51,7 @@ def load_weights(
         which = f"{module}.{weight}" + (f" ({part})" if part else "")
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"The checkpoint lacks the weights of {which}{others}: it is incomplete or of another model.")
+    _finish(layers)
 
 
 def init_dummy(model: CausalLM, seed: int) -> None:
@@ -72,6 +73,13 @@ def init_dummy(model: CausalLM, seed: int) -> None:
         dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
         tensor = torch.empty(parameter.source_shape(part), dtype=dtype, device=parameter.device)
         layer.load(weight, part, tensor.normal_(0, 0.02, generator=generator))
+    _finish(layers)
+
+
+def _finish(layers: dict[str, Layer]) -> None:
+    """One layer after the other, so that no more than one weight is there twice."""
+    for layer in layers.values():
+        layer.finish()
 
 
 def _slots(layers: dict[str, Layer]) -> list[Slot]:

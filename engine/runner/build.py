@@ -13,7 +13,10 @@ from octavo.engine.build import Engine, Phases, assemble
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.plan import Row
 from octavo.engine.errors import ConfigError
+from octavo.engine.layers import onednn
 from octavo.engine.layers.context import BuildContext
+from octavo.engine.layers.linear_method import Unquantized
+from octavo.engine.layers.onednn import OneDNN
 from octavo.engine.loader.assign import init_dummy, load_weights
 from octavo.engine.loader.checkpoint import open_checkpoint
 from octavo.engine.loader.source import resolve_model
@@ -38,7 +41,14 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
         length = _context_length(config, max_model_len(checkpoint.config))
     with phases.phase("build model"):
         ops = kernel_ops.select(device, dtype, config.kernels)
-        context = BuildContext(mesh=Mesh(), ops=ops, dtype=dtype, device=device, max_model_len=length)
+        context = BuildContext(
+            mesh=Mesh(),
+            ops=ops,
+            dtype=dtype,
+            device=device,
+            max_model_len=length,
+            linear_method=OneDNN() if config.kernels != "ref" and onednn.available(device, dtype) else Unquantized(),
+        )
         model = build_model(checkpoint.config, context)
     with phases.phase("load weights"):
         if config.load_format == "dummy":
@@ -79,10 +89,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto = bfloat16 on a GPU; on a CPU float32 (see benchmarks/LOG.md for the measurement)."""
+    """auto = bfloat16 on a GPU and on a CPU that multiplies it natively (twice the rate of float32), else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _cpu_has_bf16() -> bool:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return cpu.startswith("AVX512") and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
 def _context_length(config: EngineConfig, of_model: int) -> int:

@@ -133,6 +133,12 @@ class StoredInHalf:
         assert name == "weight"
         layer.stored.fill(part, tensor)
 
+    def finish(self, layer):
+        assert layer.stored.any(), "called before the weight was there"
+
+    def project(self, x, table):
+        return torch.nn.functional.linear(x, table)
+
     def apply(self, layer, x, bias):
         return torch.nn.functional.linear(x, layer.stored.float(), bias)
 
