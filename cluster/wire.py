@@ -12,7 +12,15 @@ from typing import Any
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
 from octavo.engine.params import SamplingParams
-from octavo.engine.types import EngineInfo, EngineStats, FinishReason, Request, TokenDelta, TokenLogprobs
+from octavo.engine.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationDefaults,
+    Request,
+    TokenDelta,
+    TokenLogprobs,
+)
 from octavo.protos.octavo.v1 import sampling_pb2, tokens_pb2
 
 # Fields that are plain scalars on both sides, with the same meaning of absence (= the dataclass's default).
@@ -229,15 +237,23 @@ def stats_from_proto(proto: Any) -> EngineStats:
 
 
 def info_to_proto(info: EngineInfo) -> Any:
-    phases = [tokens_pb2.EngineInfo.Phase(name=name, seconds=seconds) for name, seconds in info.phases]
-    return tokens_pb2.EngineInfo(**{name: getattr(info, name) for name in _INFO}, phases=phases)
+    proto = tokens_pb2.EngineInfo(**{name: getattr(info, name) for name in _INFO})
+    proto.phases.extend(tokens_pb2.EngineInfo.Phase(name=name, seconds=seconds) for name, seconds in info.phases)
+    defaults = {name: getattr(info.generation_defaults, name) for name in _GENERATION_DEFAULTS}
+    proto.generation_defaults.CopyFrom(tokens_pb2.EngineInfo.GenerationDefaults(**defaults))
+    return proto
 
 
 def info_from_proto(proto: Any) -> EngineInfo:
     values: dict[str, Any] = {name: getattr(proto, name) for name in _INFO}
     values["eos_token_ids"] = tuple(proto.eos_token_ids)
-    return EngineInfo(**values, phases=tuple((phase.name, phase.seconds) for phase in proto.phases))
+    given = proto.generation_defaults
+    defaults = {name: getattr(given, name) for name in _GENERATION_DEFAULTS if given.HasField(name)}
+    phases = tuple((phase.name, phase.seconds) for phase in proto.phases)
+    return EngineInfo(**values, generation_defaults=GenerationDefaults(**defaults), phases=phases)
 
 
 _STATS = tuple(field.name for field in dataclasses.fields(EngineStats))
-_INFO = tuple(field.name for field in dataclasses.fields(EngineInfo) if field.name != "phases")
+_GENERATION_DEFAULTS = tuple(field.name for field in dataclasses.fields(GenerationDefaults))
+_NESTED = ("phases", "generation_defaults")
+_INFO = tuple(field.name for field in dataclasses.fields(EngineInfo) if field.name not in _NESTED)

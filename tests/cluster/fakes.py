@@ -14,7 +14,7 @@ from octavo.engine.params import SamplingParams
 from octavo.engine.runner.fake import CostModel, FakeRunner
 from octavo.engine.types import EngineInfo, Request
 
-INFO = EngineInfo("fake", 2048, 258, (257,), "none", "none", 16, 1024, (("build", 0.25),))
+INFO = EngineInfo("fake", 2048, 258, (257,), "none", "none", 16, 1024, phases=(("build", 0.25),))
 
 
 def fake_loop(on_deltas: Callable, *, step_s: float = 0.001, **options) -> EngineLoop:

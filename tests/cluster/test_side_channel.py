@@ -1,7 +1,6 @@
 """The side channel by itself: a replica, an ingress and gRPC between them, all in one process; no Ray runs."""
 
 import asyncio
-import dataclasses
 import time
 
 import grpc
@@ -19,7 +18,7 @@ from octavo.protos.octavo.v1 import tokens_pb2, tokens_pb2_grpc
 @pytest.fixture
 async def side():
     """(replica, client, receiver) on a slow-enough fake engine."""
-    replica = fake_replica(step_s=0.002, max_num_seqs=8, max_num_queued_reqs=4)
+    replica = fake_replica(step_s=0.002, max_num_seqs=8, max_num_queued_reqs=8)
     client, receiver = await local_client(replica)
     yield replica, client, receiver
     await replica.close()
@@ -113,12 +112,12 @@ async def test_errors_stay_typed(side):
     streams = [client.generate(request(str(i), max_tokens=1500)) for i in range(8)]
     for stream in streams:
         await anext(stream)
-    queued = [asyncio.create_task(collect(client, request(f"q{i}", max_tokens=5))) for i in range(4)]
-    await until(lambda: replica._loop.stats().num_waiting == 4)
+    queued = [asyncio.create_task(collect(client, request(f"q{i}", max_tokens=5))) for i in range(8)]
+    await until(lambda: replica._loop.stats().num_waiting == 8)
     with pytest.raises(CapacityError):
         await collect(client, request("one-too-many"))
     queued[0].cancel()  # while still queued
-    await until(lambda: replica._loop.stats().num_waiting == 3)
+    await until(lambda: replica._loop.stats().num_waiting == 7)
     for stream in streams:
         await stream.aclose()
     assert all(reasons == {0: "length"} for _, reasons in await asyncio.gather(*queued[1:]))
@@ -155,7 +154,7 @@ async def test_a_lost_replica_ends_only_what_it_carried():
     await until(lambda: "two" in receiver.stats)
     (channel,) = [task.result() for task in first._sender._channels.values()]
     await channel._channel.close()  # what a dead process does
-    with pytest.raises(ReplicaLost, match="one"):
+    with pytest.raises(ReplicaLost):
         await doomed
     assert (await spared)[1] == {0: "length"}
     await asyncio.gather(first.close(), second.close())
@@ -217,7 +216,7 @@ def test_health_is_forward_progress():
 
 
 async def test_a_wedged_engine_is_unhealthy():
-    replica = fake_replica(step_s=30.0, step_timeout_s=0.05)
+    replica = fake_replica(step_s=1.0, step_timeout_s=0.05)
     client, receiver = await local_client(replica)
     task = asyncio.create_task(collect(client, request()))
     await until(lambda: replica._loop.num_live == 1)
@@ -226,8 +225,5 @@ async def test_a_wedged_engine_is_unhealthy():
     with pytest.raises(RankLost):
         replica.check_health()
     task.cancel()
+    await replica.close()
     await receiver.stop()
-
-
-def test_info_is_plain_data():
-    assert dataclasses.asdict(INFO)["phases"] == (("build", 0.25),)

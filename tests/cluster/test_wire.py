@@ -13,7 +13,7 @@ from octavo.cluster import wire
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.engine.params import SamplingParams
-from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta, TokenLogprobs
+from octavo.engine.types import EngineInfo, EngineStats, GenerationDefaults, Request, TokenDelta, TokenLogprobs
 from octavo.protos import generate
 from octavo.protos.octavo.v1 import sampling_pb2, tokens_pb2
 
@@ -124,7 +124,8 @@ def test_stats_and_info_round_trip():
     names = [field.name for field in dataclasses.fields(EngineStats)]
     stats = EngineStats(**{name: number for number, name in enumerate(names, 1)})
     assert wire.stats_from_proto(through(wire.stats_to_proto(stats))) == stats
-    info = EngineInfo("m", 4096, 258, (256, 257), "float32", "cpu", 16, 99, (("weights", 1.5), ("kv", 0.25)))
+    info = EngineInfo("m", 4096, 258, (256, 257), "float32", "cpu", 16, 99, GenerationDefaults(0.0, 0.9, top_k=5))
+    info = dataclasses.replace(info, phases=(("weights", 1.5), ("kv", 0.25)))
     assert wire.info_from_proto(through(wire.info_to_proto(info))) == info
 
 
