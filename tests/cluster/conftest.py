@@ -7,6 +7,6 @@ import grpc.aio
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# grpc.aio stops its poller thread whenever its last object is collected, and that has been seen to deadlock in a garbage
-# collection at pytest's end. One reference that stays keeps the poller alive.
+# grpc.aio stops its poller thread whenever its last object is collected, and that has been seen to deadlock in the
+# garbage collection at pytest's end. One reference that stays keeps the poller alive.
 grpc.aio.init_grpc_aio()

@@ -1,0 +1,97 @@
+"""A deployment's YAML: read into typed values, or refused with the key's name."""
+
+import pytest
+
+from octavo.cluster.config import DeploymentConfig, parse_bytes
+from octavo.engine.config import EngineConfig
+from octavo.engine.errors import ConfigError
+
+
+def test_a_whole_file(tmp_path):
+    file = tmp_path / "deployment.yaml"
+    file.write_text(
+        """
+model: org/name
+served_model_name: [big, bigger]
+api_key: secret
+num_replicas: 3
+engine:
+  dtype: bfloat16
+  kv_cache_memory_bytes: 2GiB
+  max_model_len: 4096
+  enable_prefix_caching: false
+limits:
+  max_body_bytes: 1MiB
+  request_timeout_s: 30
+"""
+    )
+    config = DeploymentConfig.from_file(file)
+    assert config.engine == EngineConfig(
+        model="org/name",
+        dtype="bfloat16",
+        kv_cache_memory_bytes=2 << 30,
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        max_num_queued_reqs=1024,
+    )
+    assert config.served_model_name == ("big", "bigger")
+    assert config.api_key == ("secret",)
+    assert config.num_replicas == 3
+    assert config.limits.max_body_bytes == 1 << 20
+    assert config.limits.request_timeout_s == 30.0
+
+
+def test_defaults_are_those_of_the_dataclass():
+    assert DeploymentConfig.from_mapping({}) == DeploymentConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"modell": "x"}, "modell"),
+        ({"engine": {"blocksize": 16}}, "engine.blocksize"),
+        ({"engine": {"model": "x"}}, "engine.model"),
+        ({"engine": {"block_size": "16"}}, "engine.block_size"),
+        ({"engine": {"block_size": 17}}, "block_size"),
+        ({"engine": {"enable_prefix_caching": 1}}, "engine.enable_prefix_caching"),
+        ({"engine": {"dtype": "int4"}}, "engine.dtype"),
+        ({"engine": {"kv_cache_memory_bytes": "4 gibibytes"}}, "4 gibibytes"),
+        ({"engine": [1]}, "engine"),
+        ({"limits": {"max_body_bytes": 0}}, "limits.max_body_bytes"),
+        ({"limits": {"max_body": 1}}, "limits.max_body"),
+        ({"pattern": "star"}, "pattern"),
+        ({"num_replicas": 0}, "num_replicas"),
+        ({"num_replicas": True}, "num_replicas"),
+        ({"served_model_name": 7}, "served_model_name"),
+        ({"api_key": [""]}, "API key"),
+    ],
+)
+def test_what_is_wrong_is_named(values, named):
+    with pytest.raises(ConfigError, match=named):
+        DeploymentConfig.from_mapping(values)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        DeploymentConfig.from_file(tmp_path / "missing.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1\nb: 2")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        DeploymentConfig.from_file(bad)
+    bad.write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        DeploymentConfig.from_file(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("512MiB", 512 << 20), ("4GiB", 4 << 30), ("4G", 4 * 10**9), ("1.5gib", 3 << 29), ("100", 100), ("2 kb", 2000)],
+)
+def test_sizes(text, value):
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4XiB", "-1", "1.2.3G"])
+def test_what_is_no_size(text):
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_bytes(text)
