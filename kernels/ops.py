@@ -14,7 +14,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -126,8 +126,11 @@ BODIES: dict[str, tuple[str, ...]] = {
 }
 
 
-def select(device: torch.device, dtype: torch.dtype, force: str | None = None) -> Ops:
-    """Choose a body for every op. `force` names one body ("ref", "cpu"): it is tried first, `ref` fills its gaps."""
+def select(device: torch.device, dtype: torch.dtype, force: str | None = None, cpu_isa: str | None = None) -> Ops:
+    """Choose a body for every op. `force` names one body ("ref", "cpu"): it is tried first, `ref` fills its gaps.
+
+    cpu_isa: the instruction set of the native CPU ops; None = the best here. Raises ValueError if it cannot run here.
+    """
     modules = BODIES.get(device.type, ("octavo.kernels.ref",))
     if force is not None:
         modules = (f"octavo.kernels.{force}", "octavo.kernels.ref")
@@ -135,7 +138,9 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None) -
     names: list[tuple[str, str]] = []
     for op in (f.name for f in fields(Ops) if f.name != "bodies"):
         for name in modules:
-            module = importlib.import_module(name)
+            module: Any = importlib.import_module(name)
+            if cpu_isa is not None and name == "octavo.kernels.cpu":
+                module = module.load(cpu_isa)
             if module.available(device, dtype) and hasattr(module, op):
                 chosen[op] = getattr(module, op)
                 names.append((op, name.rsplit(".", 1)[-1]))

@@ -5,10 +5,13 @@ The torch half of octavo.engine.build, which is the door.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
+from octavo.engine import env
 from octavo.engine.build import Engine, Phases, assemble
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.plan import Row
@@ -40,7 +43,7 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
         checkpoint = open_checkpoint(source, trust_remote_code=config.trust_remote_code)
         length = _context_length(config, max_model_len(checkpoint.config))
     with phases.phase("build model"):
-        ops = kernel_ops.select(device, dtype, config.kernels)
+        ops = _ops(config, device, dtype)
         context = BuildContext(
             mesh=Mesh(),
             ops=ops,
@@ -50,7 +53,7 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
             linear_method=OneDNN() if config.kernels != "ref" and onednn.available(device, dtype) else Unquantized(),
         )
         model = build_model(checkpoint.config, context)
-    with phases.phase("load weights"):
+    with phases.phase("load weights"), _one_thread():
         if config.load_format == "dummy":
             init_dummy(model, config.seed)
         else:
@@ -99,6 +102,25 @@ def _cpu_has_bf16() -> bool:
     cpu = torch.backends.cpu.get_cpu_capability()
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return cpu.startswith("AVX512") and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Loading is many small tensor operations, bound by memory: a second thread adds little when cores are free, and
+    makes each operation wait for the slowest when they are not (start-up, when Ray's processes start too)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> kernel_ops.Ops:
+    try:
+        return kernel_ops.select(device, dtype, config.kernels, env.cpu_isa())
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"These kernels cannot be used here: {error}.") from error
 
 
 def _context_length(config: EngineConfig, of_model: int) -> int:
