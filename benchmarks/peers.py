@@ -7,7 +7,8 @@ the same new random prompts (nothing can be cached), in turn; the first engine c
 tokens ignored. Reported: medians of generated tokens/s (prompts included in the time), as ratios, beside the machine's
 floor measured in the same run, and how far the engines' tokens agree.
 
-vllm runs twice: as it comes, and at its best on CPU (threads bound to all cores, Intel's OpenMP library preloaded).
+vllm runs as it comes, and at its best on CPU: threads bound to all cores and Intel's OpenMP library preloaded, compiled
+and eager, since which of the two is faster depends on n and on the machine. The last ratio is to the fastest of all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -39,7 +40,7 @@ from octavo.engine.env import cache_dir
 from octavo.engine.errors import ConfigError
 
 WORKERS = Path(__file__).parent / "workers"
-ENGINES = ("octavo", "transformers", "vllm", "vllm-best")
+ENGINES = ("octavo", "transformers", "vllm", "vllm-best", "vllm-best-eager")
 AGREE_ON = 16  # tokens; later ones may differ where two logits are nearly equal
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -64,26 +65,28 @@ class Measured:
     token_ids: dict[int, list[list[int]]] = field(default_factory=dict)
 
 
-def engine(name: str, python: Path, threads: int, options: Sequence[str], eager: bool) -> Engine:
+def engine(name: str, python: Path, threads: int, options: Sequence[str]) -> Engine:
     environment = dict(QUIET)
     if name in ("octavo", "transformers"):
         environment["OMP_NUM_THREADS"] = str(threads)
         return Engine(name, (python, WORKERS / f"worker_{name}.py", *options), environment)
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if name == "vllm-best":
+    if name.startswith("vllm-best"):
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         library = libiomp5(python)
         if library is not None:
             environment["LD_PRELOAD"] = str(library)
-    return Engine(name, (python, WORKERS / "worker_vllm.py", *(("--eager",) if eager else ())), environment)
+    return Engine(
+        name, (python, WORKERS / "worker_vllm.py", *(("--eager",) if name.endswith("-eager") else ())), environment
+    )
 
 
 def pythons(names: Sequence[str], venvs: Path, install: bool) -> dict[str, Path]:
     """The interpreter of each engine; an engine without one is left out, with a word about it."""
     found: dict[str, Path] = {}
     for name in names:
-        venv = "vllm" if name == "vllm-best" else name
+        venv = name.partition("-")[0]
         if name == "octavo":
             found[name] = Path(sys.executable)
             continue
@@ -184,25 +187,33 @@ def show(results: dict[str, Measured], floor: dict[int, float], args: argparse.N
     if "octavo" not in results:
         return
     ratios = table(("octavo ÷", *(f"n={n}" for n in args.n)))
-    for name in [name for name in results if name != "octavo"]:
-        ratios.add_row(name, *(_ratio(results, name, n, args.output_len) for n in args.n))
+    peers = {name: result for name, result in results.items() if name != "octavo"}
+    found_ratios = {name: [ratio(results["octavo"], peer, n) for n in args.n] for name, peer in peers.items()}
+    for name, values in found_ratios.items():
+        ratios.add_row(name, *(_number(value, ".2f") for value in values))
+    if len(peers) > 1:
+        fastest = map(least, zip(*found_ratios.values(), strict=True))
+        ratios.add_row("the fastest of these", *(_number(value, ".2f") for value in fastest), style="bold")
     mine = {n: speeds(results["octavo"], n, args.output_len) for n in args.n}
     ratios.add_row("floor", *(_number(mine[n] and mine[n] / floor[n], ".2f") for n in args.n), style="dim")
     show_table("ratios of speed (median of the rounds' own ratios)", ratios)
-    for name in [name for name in results if name != "octavo"]:
+    for name, peer in peers.items():
         for n in args.n:
-            same, length = agreement(results["octavo"].token_ids.get(n, ()), results[name].token_ids.get(n, ()))
+            same, length = agreement(results["octavo"].token_ids.get(n, ()), peer.token_ids.get(n, ()))
             console.print(
                 f"octavo and {name}, n={n}: first {AGREE_ON} tokens equal in {same:.0%} of the prompts, "
                 f"{length:.1f} of {args.output_len} tokens on average before they part"
             )
 
 
-def _ratio(results: dict[str, Measured], name: str, n: int, output_len: int) -> str:
-    """Median of the rounds' own ratios: both ran within the same minute, so a noisy neighbour disturbs it least."""
-    ours, theirs = results["octavo"].seconds.get(n, ()), results[name].seconds.get(n, ())
-    pairs = [b / a for a, b in zip(ours, theirs, strict=False)]
-    return _number(median(pairs) if pairs else None, ".2f")
+def ratio(ours: Measured, theirs: Measured, n: int) -> float | None:
+    """Our speed ÷ theirs, median of the rounds' own ratios: the two ran within a minute, so noise disturbs it least."""
+    pairs = [b / a for a, b in zip(ours.seconds.get(n, ()), theirs.seconds.get(n, ()), strict=False)]
+    return median(pairs) if pairs else None
+
+
+def least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -219,6 +230,7 @@ def as_json(results: dict[str, Measured], args: argparse.Namespace) -> dict[str,
                 "output_throughput": speeds(result, n, args.output_len),
             }
             if name != "octavo" and "octavo" in results:
+                entry["runs"][str(n)]["octavo_ratio"] = ratio(results["octavo"], result, n)
                 same, length = agreement(results["octavo"].token_ids.get(n, ()), result.token_ids.get(n, ()))
                 entry["runs"][str(n)] |= {"prompts_agreeing": same, "mean_common_tokens": length}
         found[name] = entry
@@ -238,7 +250,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="make the venvs that are missing (downloads ~1 GB)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine")
     parser.add_argument("--octavo-options", nargs="*", default=[], metavar="FIELD=VALUE", help="EngineConfig fields")
-    parser.add_argument("--vllm-eager", action="store_true", help="vllm without compiling (loads much faster)")
     parser.add_argument("--load-timeout", type=float, default=900, help="seconds an engine may take to load")
     parser.add_argument("--timeout", type=float, default=600, help="seconds one round of one engine may take")
     parser.add_argument("--output", type=Path, help="result file (default: build/benchmarks/)")
@@ -255,9 +266,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from error
     found = pythons(args.engines, args.venvs, args.install)
     options = {"octavo": (json.dumps(engine_options(args.octavo_options)),)}
-    engines = [
-        engine(name, python, args.threads, options.get(name, ()), args.vllm_eager) for name, python in found.items()
-    ]
+    engines = [engine(name, python, args.threads, options.get(name, ())) for name, python in found.items()]
     before = measure_machine()
     results = measure(engines, folder, args)
     machine = best_of(before, measure_machine())
