@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -211,7 +212,7 @@ def parse() -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help="a server that is running")
     where.add_argument("--serve", metavar="MODEL", help="start `octavo serve MODEL` and end it afterwards")
-    parser.add_argument("--serve-options", nargs="*", default=[], help="further arguments of `octavo serve`")
+    parser.add_argument("--serve-options", type=shlex.split, default=[], metavar="='--FLAG …'", help="for octavo serve")
     parser.add_argument("--compare-offline", metavar="MODEL", help="HTTP ÷ offline throughput of this model")
     parser.add_argument("--rounds", type=int, default=3, help="of --compare-offline")
     parser.add_argument("--options", nargs="*", default=[], metavar="FIELD=VALUE", help="EngineConfig fields, offline")

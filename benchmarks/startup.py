@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="preset, folder, .gguf, hub id, or fake")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=180, help="seconds a start may take")
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest goes to `octavo serve`")
+    parser.add_argument("--serve-options", type=shlex.split, default=[], metavar="='--FLAG …'", help="for octavo serve")
     parser.add_argument("--output", type=Path, help="result file (default: build/benchmarks/)")
     args = parser.parse_args()
     log = RESULTS / "logs" / "startup.log"
@@ -78,7 +79,7 @@ def main() -> None:
     for run in range(args.runs):
         try:
             with console.status(f"run {run + 1} of {args.runs}"):
-                result = start_and_stop(args.model, args.options, args.timeout, log)
+                result = start_and_stop(args.model, args.serve_options, args.timeout, log)
         except ServerError as error:
             raise SystemExit(f"error: {error}") from error
         results.append(result)
