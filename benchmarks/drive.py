@@ -19,7 +19,7 @@ from octavo.engine.core.plan import StepPlan, StepResult
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
 from octavo.engine.requests import make_request
-from octavo.engine.text.load import tokenizer_of
+from octavo.engine.assets import tokenizer_of
 from octavo.engine.text.tokenizer import Tokenizer
 
 
