@@ -38,7 +38,7 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     st.lists(events, max_size=25),
     st.fixed_dictionaries(
