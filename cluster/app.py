@@ -17,9 +17,11 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from octavo.cluster.config import DeploymentConfig
 from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.logs import show_logs
 from octavo.cluster.replica import EngineReplica, OnDeltas
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.token_receiver import TokenReceiver
@@ -46,6 +48,7 @@ class EngineHost(EngineReplica):
         from octavo.engine.build import build_engine
         from octavo.engine.loop import EngineLoop
 
+        show_logs(config.log_level)
         engine = await asyncio.to_thread(build_engine, config.engine)
         replica_id = serve.get_replica_context().replica_id.unique_id
 
@@ -64,6 +67,7 @@ class IngressHost:
     """Builds the HTTP application of one ingress."""
 
     def __init__(self, config: DeploymentConfig, engine: DeploymentHandle[Any]) -> None:
+        show_logs(config.log_level)
         self._config = config
         self._engine = engine
         self._receiver = TokenReceiver()
@@ -71,8 +75,7 @@ class IngressHost:
     async def __serve_build_asgi_app__(self) -> Any:
         from octavo.cluster.ingress.app import create_app
 
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        await self._receiver.start(host)
+        await self._receiver.start(node_address())
         client = ServeEngineClient(self._engine, self._receiver)
         name, tokenizer = await asyncio.to_thread(load_text, self._config.engine)
         return create_app(ingress_settings(self._config, name), client, tokenizer)
@@ -86,35 +89,30 @@ def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
     """The application of `args`, a DeploymentConfig or its mapping. Raises ConfigError."""
     config = args if isinstance(args, DeploymentConfig) else DeploymentConfig.from_mapping(args)
     shutdown_s = config.drain_timeout_s + KILL_MARGIN_S
-    engine = (
-        serve.deployment(EngineHost)
-        .options(
-            name=ENGINE,
-            num_replicas=config.num_replicas,
-            ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _num_gpus(config.engine)},
-            max_ongoing_requests=MAX_ONGOING,
-            max_queued_requests=MAX_WAITING_FOR_REPLICA,
-            graceful_shutdown_timeout_s=shutdown_s,
-            graceful_shutdown_wait_loop_s=0.5,
-            health_check_period_s=5,
-            health_check_timeout_s=30,
-            max_constructor_retry_count=3,
-        )
-        .bind(config)
-    )
-    ingress: Application = (
-        serve.deployment(IngressHost)
-        .options(
-            name=INGRESS,
-            ray_actor_options={"num_cpus": 0},
-            max_ongoing_requests=MAX_ONGOING,
-            graceful_shutdown_timeout_s=shutdown_s,
-            graceful_shutdown_wait_loop_s=0.5,
-            max_constructor_retry_count=3,
-        )
-        .bind(config, engine)
-    )
-    return ingress
+    logs = LoggingConfig(enable_access_log=False, log_level="WARNING")  # of Serve's own; ours say more
+    engine = serve.deployment(
+        name=ENGINE,
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _num_gpus(config.engine)},
+        max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=MAX_WAITING_FOR_REPLICA,
+        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        max_constructor_retry_count=3,
+        logging_config=logs,
+    )(EngineHost)
+    ingress = serve.deployment(
+        name=INGRESS,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=3,
+        logging_config=logs,
+    )(IngressHost)
+    return ingress.bind(config, engine.bind(config))
 
 
 def ingress_settings(config: DeploymentConfig, model_name: str) -> IngressSettings:
@@ -147,6 +145,14 @@ def load_text(config: EngineConfig) -> tuple[str, Tokenizer]:
     model = resolve_model(config.model, revision=config.revision, download_dir=config.download_dir)
     source = model if config.tokenizer is None else resolve_model(config.tokenizer, download_dir=config.download_dir)
     return model.served_model_name, load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)
+
+
+def node_address() -> str:
+    """The address under which the cluster knows this node, and other nodes reach it."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    (address,) = (node["NodeManagerAddress"] for node in nodes if node["NodeID"] == here)
+    return str(address)
 
 
 def _chat_template(given: str | None) -> str | None:

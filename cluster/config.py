@@ -73,6 +73,7 @@ class DeploymentConfig:
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     allowed_origins: tuple[str, ...] = ("*",)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
         _above_zero("num_replicas", self.num_replicas)

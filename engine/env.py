@@ -24,3 +24,8 @@ def cpu_isa() -> str | None:
     if value not in (None, "avx512", "avx2", "base"):
         raise ConfigError(f"OCTAVO_CPU_ISA must be avx512, avx2 or base, got {value!r}.")
     return value
+
+
+def set_compute_threads(threads: int) -> None:
+    """OMP_NUM_THREADS for this process and those it starts, unless the user has set it. Ray would set it to 1."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -1,0 +1,176 @@
+"""The flags of `octavo serve`: one per setting of a DeploymentConfig, with type and default read from its dataclasses.
+
+A flag that is not given leaves the setting to `--config FILE`, and else to its default; so no flag has a default of its
+own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from octavo.cluster.config import SERVING_DEFAULTS, DeploymentConfig, Limits
+from octavo.engine.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One setting: `section` is its place in the YAML ("" = at the top)."""
+
+    section: Literal["", "engine", "limits"]
+    name: str
+    panel: str
+    help: str
+
+
+def _panel(section: Literal["", "engine", "limits"], panel: str, **flags: str) -> list[Flag]:
+    return [Flag(section, name, panel, text) for name, text in flags.items()]
+
+
+FLAGS: tuple[Flag, ...] = (
+    *_panel(
+        "engine",
+        "Model",
+        tokenizer="Tokenizer source, if not the model's: folder, .gguf file, hub id or preset.",
+        revision="Branch, tag or commit on the hub.",
+        download_dir="Where downloads go, instead of the hub's cache.",
+        dtype="Type to compute in: auto, float32, bfloat16 or float16.",
+        max_model_len="Longest prompt + output, in tokens.",
+        load_format="auto, or dummy for random weights.",
+        trust_remote_code="Run code that comes with the model.",
+        seed="Seed of dummy weights and of requests without one.",
+    ),
+    *_panel(
+        "engine",
+        "Memory",
+        kv_cache_memory_bytes="Size of the KV cache, for example 4GiB.",
+        gpu_memory_utilization="Part of the GPU's memory to use, 0 to 1.",
+        block_size="Tokens per KV block.",
+        num_gpu_blocks_override="Exact number of KV blocks.",
+        enable_prefix_caching="Keep and find the KV of common prefixes.",
+    ),
+    *_panel(
+        "engine",
+        "Scheduling",
+        max_num_seqs="The most sequences of a step.",
+        max_num_batched_tokens="The most tokens of a step.",
+        max_num_queued_reqs="Waiting requests beyond which new ones get 429.",
+        scheduling_policy="fcfs or priority.",
+        enable_chunked_prefill="Compute long prompts in several steps.",
+        long_prefill_token_threshold="The most prompt tokens of one sequence in a step; 0 = the step's limit.",
+        async_scheduling="Plan the next step while one runs.",
+    ),
+    *_panel(
+        "engine",
+        "Device",
+        device="auto, cpu or cuda.",
+        kernels="Force one body of the kernels: ref or cpu.",
+    ),
+    *_panel(
+        "",
+        "Server",
+        served_model_name="Name that requests use; may be given several times.",
+        api_key="Key that clients must send; may be given several times. Also OCTAVO_API_KEY.",
+        allowed_origins="Browser origins that may call; may be given several times.",
+        chat_template="Jinja chat template, or a file with it, in place of the model's.",
+        trust_request_chat_template="Let requests bring their own chat template.",
+        log_level="debug, info, warning or error.",
+    ),
+    *_panel(
+        "limits",
+        "Limits",
+        max_body_bytes="Longest request body, for example 32MiB.",
+        max_prompt_tokens="Longest prompt, in tokens.",
+        max_choices="The most answers one request may ask for, prompts times n.",
+        max_ongoing_requests="Requests in progress beyond which new ones get 429.",
+        request_timeout_s="Seconds after which a request is ended.",
+    ),
+    *_panel(
+        "",
+        "Replicas",
+        num_replicas="Engines side by side.",
+        num_cpus="CPUs that Ray reserves for a replica.",
+        pattern="Topology of the deployment: replicated.",
+        drain_timeout_s="Seconds that requests in progress may take when the server stops.",
+        step_timeout_s="Seconds without a finished step after which a busy replica is replaced.",
+    ),
+)
+
+# What reads better on a command line than the setting's name.
+_SPELLINGS = {
+    "drain_timeout_s": "--drain-timeout",
+    "request_timeout_s": "--request-timeout",
+    "step_timeout_s": "--step-timeout",
+}
+_CLASSES: Mapping[str, type[Any]] = {"": DeploymentConfig, "engine": EngineConfig, "limits": Limits}
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(…, **settings)` with every flag as a parameter, for typer to read."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags = [
+        inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(flag))
+        for flag in FLAGS
+    ]
+    parameters = [*own, *flags]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def merge(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's mapping with the flags that were given laid over it; for DeploymentConfig.from_mapping."""
+    values = dict(file)
+    for flag in FLAGS:
+        value = given[flag.name]
+        if value is None or value == []:
+            continue
+        if not flag.section:
+            values[flag.name] = value
+            continue
+        section = values.get(flag.section) or {}
+        values[flag.section] = {**section, flag.name: value} if isinstance(section, Mapping) else section
+    return values
+
+
+def _annotation(flag: Flag) -> Any:
+    kind = get_type_hints(_CLASSES[flag.section])[flag.name]
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (option for option in get_args(kind) if option is not type(None))
+    spelling = _SPELLINGS.get(flag.name, "--" + flag.name.replace("_", "-"))
+    if kind is bool:
+        spelling = f"{spelling}/--no-{spelling.removeprefix('--')}"
+    metavar = None
+    if flag.name.endswith("_bytes"):
+        kind, metavar = str, "SIZE"
+    elif get_origin(kind) is tuple:
+        kind, metavar = list[str], "TEXT"
+    elif get_origin(kind) is Literal:
+        kind, metavar = str, "|".join(get_args(kind))
+    text = flag.help + _default(flag)
+    return Annotated[kind | None, typer.Option(spelling, help=text, rich_help_panel=flag.panel, metavar=metavar)]
+
+
+def _default(flag: Flag) -> str:
+    cls = _CLASSES[flag.section]
+    (item,) = (item for item in dataclasses.fields(cls) if item.name == flag.name)
+    value = SERVING_DEFAULTS.get(flag.name, item.default) if cls is EngineConfig else item.default
+    match value:
+        case None | ():
+            return ""
+        case bool():
+            return " (on)" if value else " (off)"
+        case tuple():
+            return f" ({', '.join(value)})"
+        case int() if flag.name.endswith("_bytes"):
+            return f" ({value >> 20}MiB)"
+        case float():
+            return f" ({value:g})"
+        case _:
+            return f" ({value})"

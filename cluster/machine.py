@@ -1,0 +1,39 @@
+"""Facts about the machine this process runs on."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from pathlib import Path
+
+from octavo.engine.errors import ConfigError
+
+
+def physical_cores() -> int:
+    """Cores this process may use: hyper-threads count once, a container's CPU quota is honoured. At least 1."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
+    quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
+    if quota.isdecimal() and period.isdecimal():
+        return max(1, min(len(cores), math.ceil(int(quota) / int(period))))
+    return max(1, len(cores))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError if nobody can listen there."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"Port {port} of {host} cannot be used ({reason}): choose another with --port.") from None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,317 @@
+"""`octavo serve`: brings a deployment up on Ray Serve, says what that took, and takes it down in order.
+
+The order matters. What can be known to be wrong is found before Ray starts; the model is downloaded here, once, with
+its progress shown, and the replicas get its path. On a signal the application is deleted, which makes Serve stop
+accepting and wait for the requests in progress; only then does Ray go.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from octavo.cluster.config import DeploymentConfig
+from octavo.cluster.machine import check_port, physical_cores
+from octavo.engine import env
+from octavo.engine.errors import ConfigError
+from octavo.engine.types import EngineInfo
+
+POLL_S = 0.05
+WATCH_S = 1.0
+FIRST_TOKEN_S = 120.0
+# Serve's own shutdown after all requests are done.
+SHUTDOWN_S = 20.0
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 256 << 20  # nothing of ours goes through it
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How to run, as opposed to what: not part of a deployment.
+
+    address: Ray cluster to join; None = start Ray here, for this process's life.
+    """
+
+    host: str = LOOPBACK
+    port: int = 8000
+    address: str | None = None
+    dashboard: bool = False
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the server."""
+        host = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(self.host, self.host)
+        return f"http://{host}:{self.port}"
+
+
+class StartUp:
+    """Seconds per phase of the start-up, in order."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started  # perf_counter
+        self.phases: list[tuple[str, float]] = [("command line", time.perf_counter() - started)]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.phases.append((name, time.perf_counter() - begun))
+
+    def table(self, info: EngineInfo) -> Table:
+        table = Table(title=None, show_header=False, box=None, padding=(0, 1))
+        table.add_column(style="dim")
+        table.add_column(justify="right")
+        for name, seconds in self.phases:
+            table.add_row(name, f"{seconds:6.2f} s")
+            if name == "replica":
+                for inner, inner_seconds in info.phases:
+                    table.add_row(f"  {inner}", f"{inner_seconds:6.2f} s")
+        table.add_row("[bold]total[/bold]", f"[bold]{time.perf_counter() - self.started:6.2f} s[/bold]")
+        return table
+
+
+class Signals:
+    """The first SIGINT or SIGTERM sets `stop`; the second ends the process at once. Main thread only."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.arm()
+
+    def arm(self) -> None:
+        """Again after whoever else sets handlers: Ray's driver does, for SIGTERM, and aborts there."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            sys.stderr.write("octavo: stopped by force\n")
+            # Ray's processes on this machine share our fate: the kernel ends them when their parent is gone.
+            os._exit(128 + number)
+        self.stop.set()
+
+
+class Stopped(Exception):
+    """A signal came while something was waited for."""
+
+
+def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int:
+    """Serve until a signal comes. Returns the exit code. Raises ConfigError for what cannot work."""
+    console = Console(stderr=True, highlight=False)
+    start_up = StartUp(started)
+    if options.address is None:
+        check_port(options.host, options.port)
+    with start_up.phase("find model"):
+        config = prepare(config)
+    signals = Signals()
+    try:
+        with start_up.phase("import ray"):
+            import ray  # noqa: F401
+            from ray import serve  # noqa: F401
+        with start_up.phase("start ray"):
+            _start_ray(config, options)
+            signals.arm()
+        try:
+            with start_up.phase("start serve"):
+                _start_serve(options)
+                signals.arm()
+            _deploy(config, options, start_up, signals.stop)
+            info = _engine_info()
+            with start_up.phase("first token"):
+                _first_token(config, options)
+            _announce(console, config, options, start_up, info)
+            code = _watch(signals.stop)
+            console.print("octavo: stopping; requests in progress may finish")
+        except Stopped:
+            code = 0
+        finally:
+            _stop(config, options)
+    finally:
+        signals.restore()
+    return code
+
+
+def prepare(config: DeploymentConfig) -> DeploymentConfig:
+    """Find everything that can be found before Ray starts: the model's files, its name, its tokenizer, a template.
+
+    Returns `config` with local paths in place of names. Raises ConfigError.
+    """
+    from octavo.engine.loader.progress import Terminal
+    from octavo.engine.loader.source import resolve_model
+
+    engine = config.engine
+    if engine.model == "fake":
+        return config
+    model = resolve_model(engine.model, revision=engine.revision, download_dir=engine.download_dir, progress=Terminal())
+    names = config.served_model_name or (model.served_model_name,)
+    tokenizer = None
+    if engine.tokenizer is not None:
+        found = resolve_model(engine.tokenizer, download_dir=engine.download_dir, progress=Terminal())
+        tokenizer = str(found.path)
+    engine = replace(engine, model=str(model.path), tokenizer=tokenizer, revision=None, download_dir=None)
+    return replace(config, engine=engine, served_model_name=names)
+
+
+def _start_ray(config: DeploymentConfig, options: ServerOptions) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
+    if options.address is not None:
+        try:
+            ray.init(address=options.address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"There is no Ray cluster at {options.address!r}: {_first_line(error)}") from None
+        return
+    cores = physical_cores()
+    env.set_compute_threads(max(1, cores // config.num_replicas))
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(config.num_replicas * config.num_cpus + 0.999)),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=options.dashboard,
+        _node_ip_address=LOOPBACK,  # the cluster is this machine: nothing of it need be seen from outside
+        **quiet,
+    )
+
+
+def _start_serve(options: ServerOptions) -> None:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    _quiet_driver()
+    serve.start(
+        http_options=HTTPOptions(host=options.host, port=options.port),
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+    )
+
+
+def _deploy(config: DeploymentConfig, options: ServerOptions, start_up: StartUp, stop: threading.Event) -> None:
+    """Deploy and wait until it runs. Raises ConfigError with the replica's own sentence if it cannot, or Stopped."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    from octavo.cluster.app import APP, build_app
+
+    with start_up.phase("replica"):
+        target = serve.RunTarget(build_app(config), name=APP, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        while True:
+            app = serve.status().applications.get(APP)
+            if app is not None and app.status == ApplicationStatus.RUNNING:
+                return
+            messages = [] if app is None else [app.message, *(d.message for d in app.deployments.values())]
+            for message in messages:
+                if sentence := re.search(r"ConfigError: (.+)", message):
+                    raise ConfigError(sentence.group(1).strip())
+            if app is not None and app.status == ApplicationStatus.DEPLOY_FAILED:
+                raise ConfigError(f"The deployment failed: {app.message}")
+            if stop.wait(POLL_S):
+                raise Stopped
+
+
+def _engine_info() -> EngineInfo:
+    from ray import serve
+
+    from octavo.cluster import wire
+    from octavo.cluster.app import APP, ENGINE
+    from octavo.protos.octavo.v1 import tokens_pb2
+
+    data = serve.get_deployment_handle(ENGINE, APP).info.remote().result(timeout_s=FIRST_TOKEN_S)
+    return wire.info_from_proto(tokens_pb2.EngineInfo.FromString(data))
+
+
+def _first_token(config: DeploymentConfig, options: ServerOptions) -> None:
+    """Ask the server itself: what is announced has been seen to work."""
+    body = {"model": _served_name(config), "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    request = urllib.request.Request(f"{options.url}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    if config.api_key:
+        request.add_header("Authorization", f"Bearer {config.api_key[0]}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a company's HTTP proxy
+    try:
+        with opener.open(request, timeout=FIRST_TOKEN_S) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        raise ConfigError(f"The server is up, but its first answer was an error: {error.read().decode()}") from None
+    except OSError as error:
+        raise ConfigError(f"The server is up, but {options.url} cannot be reached: {error}") from None
+
+
+def _announce(
+    console: Console, config: DeploymentConfig, options: ServerOptions, start_up: StartUp, info: EngineInfo
+) -> None:
+    console.print(start_up.table(info))
+    name = _served_name(config)
+    blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"
+    console.print(f"[bold]{name}[/bold]: {info.dtype} on {info.device}, context {info.max_model_len:,}, {blocks}")
+    console.print(f"[bold green]Serving at {options.url}/v1[/bold green]  (Ctrl-C stops)")
+    key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
+    console.print(
+        f"  curl {options.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _watch(stop: threading.Event) -> int:
+    """Wait for the signal. Returns early, with code 1, if Ray is gone."""
+    import ray
+
+    while not stop.wait(WATCH_S):
+        if not ray.is_initialized():
+            sys.stderr.write("octavo: Ray has stopped\n")
+            return 1
+    return 0
+
+
+def _stop(config: DeploymentConfig, options: ServerOptions) -> None:
+    """Drain the application, then end what was started here."""
+    import ray
+    from ray import serve
+
+    from octavo.cluster.app import APP, KILL_MARGIN_S
+
+    try:
+        serve.delete(APP, _blocking=False)
+        deadline = time.monotonic() + config.drain_timeout_s + KILL_MARGIN_S + SHUTDOWN_S
+        while APP in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    except Exception as error:
+        logging.getLogger(__name__).debug("Serve did not shut down in order: %s", error)
+    ray.shutdown()
+
+
+def _served_name(config: DeploymentConfig) -> str:
+    return config.served_model_name[0] if config.served_model_name else config.engine.model
+
+
+def _quiet_driver() -> None:
+    """Serve's driver-side log says what the start-up table says better."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
