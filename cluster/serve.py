@@ -183,7 +183,7 @@ def _start_ray(config: DeploymentConfig, options: ServerOptions) -> None:
             raise ConfigError(f"There is no Ray cluster at {options.address!r}: {_first_line(error)}") from None
         return
     cores = physical_cores()
-    env.set_compute_threads(max(1, cores // config.num_replicas))
+    env.prepare_local_cluster(max(1, cores // config.num_replicas))
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(config.num_replicas * config.num_cpus + 0.999)),

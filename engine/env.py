@@ -26,6 +26,11 @@ def cpu_isa() -> str | None:
     return value
 
 
-def set_compute_threads(threads: int) -> None:
-    """OMP_NUM_THREADS for this process and those it starts, unless the user has set it. Ray would set it to 1."""
+def prepare_local_cluster(threads: int) -> None:
+    """Settings that the processes of a Ray cluster inherit from who starts it, unless the user has set them.
+
+    OMP_NUM_THREADS: threads a replica computes with; Ray would set it to 1. RAY_SERVE_LOG_TO_STDERR: Serve's own log
+    lines go to its files alone, so that what the terminal shows is ours.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
