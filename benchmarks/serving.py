@@ -72,7 +72,7 @@ def load(
 ) -> tuple[list[Timing], float]:
     """Run one load, with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{rate:g} requests/s", total=len(jobs))
         arrivals = arrival_times_s(len(jobs), rate, seed)
         return asyncio.run(run_load(target, jobs, arrivals, concurrency, on_end=lambda timing: progress.advance(task)))
