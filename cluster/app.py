@@ -9,7 +9,10 @@ applications:
 from __future__ import annotations
 
 import asyncio
+import importlib
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +52,15 @@ class EngineHost(EngineReplica):
         from octavo.engine.loop import EngineLoop
 
         show_logs(config.log_level)
+        import_s = await asyncio.to_thread(_import_engine, config.engine)
         engine = await asyncio.to_thread(build_engine, config.engine)
+        info = replace(engine.info, phases=(("import torch", import_s), *engine.info.phases))
         replica_id = serve.get_replica_context().replica_id.unique_id
 
         def start(on_deltas: OnDeltas) -> EngineLoop:
             return EngineLoop(engine.core, on_deltas)
 
-        super().__init__(replica_id, engine.info, start, config.step_timeout_s)
+        super().__init__(replica_id, info, start, config.step_timeout_s)
 
     async def __del__(self) -> None:
         if hasattr(self, "_loop"):
@@ -113,6 +118,14 @@ def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
         logging_config=logs,
     )(IngressHost)
     return ingress.bind(config, engine.bind(config))
+
+
+def _import_engine(config: EngineConfig) -> float:
+    """Import what building the engine needs; returns the seconds that took."""
+    started = time.perf_counter()
+    if config.model != "fake":
+        importlib.import_module("octavo.engine.runner.build")
+    return time.perf_counter() - started
 
 
 def ingress_settings(config: DeploymentConfig, model_name: str) -> IngressSettings:
