@@ -35,11 +35,24 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"Port {port} of {host} cannot be used ({reason}): choose another with --port.") from None
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def check_reachable(address: str) -> None:
+    """Raises ConfigError if nobody listens at `address`, host:port. Ray itself would take a minute to say so."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"{address!r} is not the address of a Ray cluster: write auto or host:port.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"There is no Ray cluster at {address}: {error}.") from None
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """Different ports that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return tuple(int(probe.getsockname()[1]) for probe in probes)
 
 
 def has_haproxy() -> bool:

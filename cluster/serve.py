@@ -27,7 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from octavo.cluster.config import DeploymentConfig
-from octavo.cluster.machine import check_port, free_port, has_haproxy, kill_descendants, physical_cores
+from octavo.cluster.machine import (
+    check_port,
+    check_reachable,
+    free_ports,
+    has_haproxy,
+    kill_descendants,
+    physical_cores,
+)
 from octavo.engine import env
 from octavo.engine.errors import ConfigError
 from octavo.engine.types import EngineInfo
@@ -124,6 +131,8 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
     start_up = StartUp(started)
     if options.address is None:
         check_port(options.host, options.port)
+    elif options.address != "auto":
+        check_reachable(options.address)
     with start_up.phase("find model"):
         config = prepare(config)
     _prepare_environment(config, options)
@@ -133,7 +142,7 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
             import ray  # noqa: F401
             from ray import serve  # noqa: F401
         with start_up.phase("start ray"):
-            _start_ray(config, options)
+            dashboard = _start_ray(config, options)
             signals.arm()
         try:
             with start_up.phase("start serve"):
@@ -143,7 +152,7 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
             info = _engine_info()
             with start_up.phase("first token"):
                 _first_token(config, options)
-            _announce(console, config, options, start_up, info)
+            _announce(console, config, options, start_up, info, dashboard)
             code = _watch(signals.stop)
             console.print("octavo: stopping; requests in progress may finish")
         except Stopped:
@@ -179,39 +188,48 @@ def prepare(config: DeploymentConfig) -> DeploymentConfig:
 def _prepare_environment(config: DeploymentConfig, options: ServerOptions) -> None:
     if options.address is None:
         threads = max(1, physical_cores() // config.num_replicas)
-        env.prepare_local_cluster(threads, free_port() if options.haproxy and has_haproxy() else None)
+        metrics_port, stats_port = free_ports(2)
+        ports = (metrics_port, stats_port) if options.haproxy and has_haproxy() else None
+        env.prepare_local_cluster(threads, ports)
 
 
-def _start_ray(config: DeploymentConfig, options: ServerOptions) -> None:
+def _start_ray(config: DeploymentConfig, options: ServerOptions) -> str | None:
+    """Start or join. Returns the URL of Ray's dashboard, if there is one."""
     import ray
 
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     if options.address is not None:
         try:
-            ray.init(address=options.address, **quiet)
+            return _dashboard(ray.init(address=options.address, **quiet))
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"There is no Ray cluster at {options.address!r}: {_first_line(error)}") from None
-        return
-    ray.init(
+            raise ConfigError(f"There is no Ray cluster at {options.address!r}: {_last_line(error)}") from None
+    context = ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(config.num_replicas * config.num_cpus + 0.999)),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=options.dashboard,
-        _node_ip_address=LOOPBACK,  # the cluster is this machine: nothing of it need be seen from outside
         **quiet,
     )
+    return _dashboard(context) if options.dashboard else None
+
+
+def _dashboard(context: Any) -> str | None:
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def _start_serve(options: ServerOptions) -> None:
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
     _quiet_driver()
-    serve.start(
-        http_options=HTTPOptions(host=options.host, port=options.port),
-        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-    )
+    logs = LoggingConfig(enable_access_log=False, log_level="WARNING")
+    try:
+        serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=logs)
+    except (RayError, RuntimeError, TimeoutError) as error:
+        logging.getLogger(__name__).debug("serve.start failed", exc_info=True)
+        raise ConfigError(f"Ray Serve could not start: {_last_line(error)}") from None
 
 
 def _deploy(config: DeploymentConfig, options: ServerOptions, start_up: StartUp, stop: threading.Event) -> None:
@@ -267,13 +285,20 @@ def _first_token(config: DeploymentConfig, options: ServerOptions) -> None:
 
 
 def _announce(
-    console: Console, config: DeploymentConfig, options: ServerOptions, start_up: StartUp, info: EngineInfo
+    console: Console,
+    config: DeploymentConfig,
+    options: ServerOptions,
+    start_up: StartUp,
+    info: EngineInfo,
+    dashboard: str | None,
 ) -> None:
     console.print(start_up.table(info))
     name = _served_name(config)
     blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"
     console.print(f"[bold]{name}[/bold]: {info.dtype} on {info.device}, context {info.max_model_len:,}, {blocks}")
     console.print(f"[bold green]Serving at {options.url}/v1[/bold green]  (Ctrl-C stops)")
+    if dashboard is not None:
+        console.print(f"Ray dashboard at {dashboard} (`ray get-auth-token` prints its token)")
     key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     console.print(
@@ -320,6 +345,7 @@ def _quiet_driver() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
+    """Where an error that came from another process, traceback and all, says what it is."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[-1].strip() if lines else type(error).__name__

@@ -26,19 +26,20 @@ def cpu_isa() -> str | None:
     return value
 
 
-def prepare_local_cluster(threads: int, haproxy_metrics_port: int | None) -> None:
+def prepare_local_cluster(threads: int, haproxy_ports: tuple[int, int] | None) -> None:
     """Settings that the processes of a Ray cluster inherit from who starts it, unless the user has set them.
 
     To be called before Ray is imported. OMP_NUM_THREADS: threads a replica computes with; Ray would set it to 1.
     RAY_SERVE_LOG_TO_STDERR: Serve's own log lines go to its files alone, so that what the terminal shows is ours.
-    RAY_SERVE_ENABLE_HA_PROXY, with a port for HAProxy's own metrics: HAProxy in front of the ingress instead of Serve's
-    Python proxy; None leaves that one. RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: how long an ingress that has
+    RAY_SERVE_ENABLE_HA_PROXY, with ports for HAProxy's own metrics and statistics: HAProxy in front of the ingress
+    instead of Serve's Python proxy; None leaves that one. RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: how long an ingress that has
     nothing left to do stays, for proxies on other nodes to learn of it.
     """
     settings = {"OMP_NUM_THREADS": str(threads), "RAY_SERVE_LOG_TO_STDERR": "0"}
-    if haproxy_metrics_port is not None:
+    if haproxy_ports is not None:
         settings["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-        settings["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(haproxy_metrics_port)
+        settings["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(haproxy_ports[0])
+        settings["RAY_SERVE_HAPROXY_STATS_PORT"] = str(haproxy_ports[1])
         settings["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -71,6 +71,8 @@ def test_version_and_commands():
         (["fake", "--kv-cache-memory-bytes", "lots"], "not a size"),
         (["fake", "--config", "/nowhere.yaml"], "cannot be read"),
         (["fake", "--request-timeout", "0"], "limits.request_timeout_s must be above 0"),
+        (["fake", "--address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        (["fake", "--address", "somewhere"], "write auto or host:port"),
         (["fake", "--max-num-seqs", "many"], "--max-num-seqs"),
     ],
 )
@@ -104,7 +106,7 @@ def alive(pids):
 @pytest.fixture
 def server(tmp_path):
     """(process, url, log) of a server that has announced itself."""
-    port, log = machine.free_port(), tmp_path / "log"
+    port, log = machine.free_ports(1)[0], tmp_path / "log"
     args = ["serve", "fake", "--port", str(port), "--api-key", "key", "--served-model-name", "named"]
     with log.open("w") as out:
         process = subprocess.Popen([*OCTAVO, *args], stdout=out, stderr=out, env=ENV, start_new_session=True)

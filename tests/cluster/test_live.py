@@ -11,7 +11,7 @@ from ray import serve
 
 from octavo.cluster.app import APP, ENGINE, build_app
 from octavo.cluster.ingress.client import ReplicaLost
-from octavo.cluster.machine import free_port
+from octavo.cluster.machine import free_ports
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.errors import CapacityError, RequestError
@@ -23,8 +23,8 @@ ARGS = {"model": "fake", "engine": {"max_num_seqs": 2, "max_num_queued_reqs": 3}
 
 @pytest.fixture(scope="module")
 def url():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", logging_level="ERROR")
-    port = free_port()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(ARGS), name=APP, route_prefix="/")
     yield f"http://127.0.0.1:{port}"
