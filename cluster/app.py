@@ -41,7 +41,8 @@ ENGINE = "engine"
 MAX_ONGOING = 1 << 16
 # Requests that may wait in an ingress for a replica to be there at all.
 MAX_WAITING_FOR_REPLICA = 1024
-KILL_MARGIN_S = 10.0
+# An ingress outlives the engines' deadline by this, to tell its clients what became of their requests.
+INGRESS_MARGIN_S = 10.0
 
 
 class EngineHost(EngineReplica):
@@ -93,7 +94,6 @@ class IngressHost:
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
     """The application of `args`, a DeploymentConfig or its mapping. Raises ConfigError."""
     config = args if isinstance(args, DeploymentConfig) else DeploymentConfig.from_mapping(args)
-    shutdown_s = config.drain_timeout_s + KILL_MARGIN_S
     logs = LoggingConfig(enable_access_log=False, log_level="WARNING")  # of Serve's own; ours say more
     engine = serve.deployment(
         name=ENGINE,
@@ -101,7 +101,7 @@ def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _num_gpus(config.engine)},
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_WAITING_FOR_REPLICA,
-        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         health_check_timeout_s=30,
@@ -112,7 +112,7 @@ def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
         name=INGRESS,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_ONGOING,
-        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_timeout_s=config.drain_timeout_s + INGRESS_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=3,
         logging_config=logs,

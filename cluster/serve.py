@@ -324,11 +324,11 @@ def _stop(config: DeploymentConfig, options: ServerOptions) -> None:
     import ray
     from ray import serve
 
-    from octavo.cluster.app import APP, KILL_MARGIN_S
+    from octavo.cluster.app import APP, INGRESS_MARGIN_S
 
     try:
         serve.delete(APP, _blocking=False)
-        deadline = time.monotonic() + config.drain_timeout_s + KILL_MARGIN_S + SHUTDOWN_S
+        deadline = time.monotonic() + config.drain_timeout_s + INGRESS_MARGIN_S + SHUTDOWN_S
         while APP in serve.status().applications and time.monotonic() < deadline:
             time.sleep(POLL_S)
     except Exception as error:
