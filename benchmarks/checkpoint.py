@@ -40,8 +40,8 @@ def model_folder(model: str, dtype: str = "float32") -> Path:
     return folder
 
 
-def model_shape(model: str, bytes_per_parameter: float = 4.0) -> ModelShape:
-    """Counts of a dense model, from the shapes of its tensors. KV is taken to be float32."""
+def model_shape(model: str, dtype: torch.dtype = torch.float32) -> ModelShape:
+    """Counts of a dense model, from the shapes of its tensors. Weights and KV are taken to be of `dtype`."""
     checkpoint = open_checkpoint(resolve_model(model))
     config = checkpoint.config.get_text_config()
     heads = config.num_attention_heads
@@ -53,8 +53,8 @@ def model_shape(model: str, bytes_per_parameter: float = 4.0) -> ModelShape:
     return ModelShape(
         layer_parameters=layer_parameters,
         head_parameters=config.vocab_size * config.hidden_size,
-        bytes_per_parameter=bytes_per_parameter,
-        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_size * 4,
+        bytes_per_parameter=dtype.itemsize,
+        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
         attention_width=config.num_hidden_layers * heads * head_size,
     )
 

@@ -2,7 +2,7 @@
 
     python benchmarks/floor.py [MODEL]
 
-Measures float32 GFLOP/s (torch's matmuls) and GB/s (read and copy of arrays larger than the caches) in this process,
+Measures GFLOP/s (torch's matmuls, float32) and GB/s (read and copy of arrays larger than the caches) in this process,
 and computes from a model's size how fast its prefill and its decode could be: the larger of bytes ÷ bandwidth and
 operations ÷ peak. Assumes that weights are read once per step and activations cost nothing; nothing real reaches it.
 """
@@ -24,12 +24,13 @@ ARRAY_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Measured with `threads` threads; the best of several tries each."""
+    """Measured with `threads` threads; the best of several tries each. `dtype`: of the matmuls."""
 
     gflops: float
     read_gbps: float
     copy_gbps: float
     threads: int
+    dtype: str = "float32"
 
     def seconds(self, num_bytes: float, operations: float) -> float:
         """The least time for reading so many bytes and doing so many operations, side by side."""
@@ -79,10 +80,10 @@ def run_s(machine: Machine, shape: ModelShape, rows: int, input_len: int, output
 
 
 @torch.inference_mode()
-def measure_machine(budget_s: float = 4.0) -> Machine:
+def measure_machine(budget_s: float = 4.0, dtype: torch.dtype = torch.float32) -> Machine:
     """Takes about `budget_s` seconds and 1 GiB. Set the number of threads (torch) before."""
     share = budget_s / (2 * len(MATMULS) + 2)
-    gflops = max(2 * m * k * n / _best_s(call, share) / 1e9 for m, k, n in MATMULS for call in _matmuls(m, k, n))
+    gflops = max(2 * m * k * n / _best_s(call, share) / 1e9 for m, k, n in MATMULS for call in _matmuls(m, k, n, dtype))
     source = torch.ones(ARRAY_BYTES // 4)
     target = torch.empty_like(source)
     read_s = _best_s(lambda: source.sum(), share)
@@ -92,6 +93,7 @@ def measure_machine(budget_s: float = 4.0) -> Machine:
         read_gbps=ARRAY_BYTES / read_s / 1e9,
         copy_gbps=2 * ARRAY_BYTES / copy_s / 1e9,
         threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 
@@ -102,12 +104,13 @@ def best_of(*machines: Machine) -> Machine:
         read_gbps=max(m.read_gbps for m in machines),
         copy_gbps=max(m.copy_gbps for m in machines),
         threads=machines[0].threads,
+        dtype=machines[0].dtype,
     )
 
 
-def _matmuls(m: int, k: int, n: int) -> Iterator[Callable[[], object]]:
-    """The libraries torch has for a float32 matmul; MKL reaches half of oneDNN's speed on some processors."""
-    x, weight = torch.rand(m, k), torch.rand(n, k)
+def _matmuls(m: int, k: int, n: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """The libraries torch has for a matmul; MKL reaches half of oneDNN's speed on some processors."""
+    x, weight = torch.rand(m, k, dtype=dtype), torch.rand(n, k, dtype=dtype)
     yield lambda: x @ weight.T
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, m)
@@ -130,7 +133,7 @@ def _best_s(call: Callable[[], object], budget_s: float) -> float:
 
 def describe(machine: Machine) -> str:
     return (
-        f"{machine.gflops:,.0f} GFLOP/s float32 matmul, {machine.read_gbps:.1f} GB/s read, "
+        f"{machine.gflops:,.0f} GFLOP/s {machine.dtype} matmul, {machine.read_gbps:.1f} GB/s read, "
         f"{machine.copy_gbps:.1f} GB/s copy, {machine.threads} threads"
     )
 
@@ -144,16 +147,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--bytes-per-parameter", type=float, default=4.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = measure_machine()
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    machine = measure_machine(dtype=dtype)
     console.print(describe(machine))
     if not args.model:
         return
-    shape = model_shape(args.model, args.bytes_per_parameter)
+    shape = model_shape(args.model, dtype)
     found = table(
         ("n", "prefill tokens/s", "decode step ms", "decode tokens/s", "whole run, generated tokens/s"),
     )

@@ -155,19 +155,20 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = measure_machine()
     try:
         bench = Bench(engine_config(args))
+        dtype: torch.dtype = getattr(torch, bench.engine.info.dtype, torch.float32)  # the fake engine's is "none"
         shape = None
         if args.model != "fake":
-            shape = model_shape(args.model, getattr(torch, bench.engine.info.dtype).itemsize)
+            shape = model_shape(args.model, dtype)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
+    before = measure_machine(dtype=dtype)
     try:
         results = [measure(bench, n, args.input_len, args.output_len, args.rounds) for n in args.n]
     finally:
         bench.close()
-    machine = best_of(machine, measure_machine())
+    machine = best_of(before, measure_machine(dtype=dtype))
     console.print(f"this machine: {describe(machine)}")
     show_results(results, machine, shape, args)
     info = {"dtype": bench.engine.info.dtype, "num_blocks": bench.engine.info.num_blocks}
