@@ -32,8 +32,8 @@ def prepare_local_cluster(threads: int, haproxy_ports: tuple[int, int] | None) -
     To be called before Ray is imported. OMP_NUM_THREADS: threads a replica computes with; Ray would set it to 1.
     RAY_SERVE_LOG_TO_STDERR: Serve's own log lines go to its files alone, so that what the terminal shows is ours.
     RAY_SERVE_ENABLE_HA_PROXY, with ports for HAProxy's own metrics and statistics: HAProxy in front of the ingress
-    instead of Serve's Python proxy; None leaves that one. RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: how long an ingress that has
-    nothing left to do stays, for proxies on other nodes to learn of it.
+    instead of Serve's Python proxy; None leaves that one. RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: how long an
+    ingress that has nothing left to do stays, for proxies on other nodes to learn of it.
     """
     settings = {"OMP_NUM_THREADS": str(threads), "RAY_SERVE_LOG_TO_STDERR": "0"}
     if haproxy_ports is not None:
