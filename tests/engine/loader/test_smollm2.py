@@ -1,8 +1,7 @@
-"""The real default model, where the machine has it: OCTAVO_TEST_GGUF names it, or octavo has downloaded it before."""
+"""The real default model, from the file that `octavo serve` takes where the hub cannot be reached."""
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -10,13 +9,8 @@ import pytest
 import torch
 import transformers
 
-from octavo.engine import env
 from octavo.engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo.engine.loader.source import ModelSource
-
-CACHED = env.cache_dir() / "models" / "smollm2-135m" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-FILE = Path(os.environ.get("OCTAVO_TEST_GGUF") or CACHED)
-pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="no SmolLM2 GGUF file here")
 
 PROMPT = [22007, 6463, 314]  # "Gravity is"
 CONTINUATION = [253, 4959, 1909, 281, 6944, 338, 6601, 260, 26589, 282, 42548, 2952]
@@ -24,13 +18,13 @@ CONTINUATION = [253, 4959, 1909, 281, 6944, 338, 6601, 260, 26589, 282, 42548, 2
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    return open_checkpoint(ModelSource("gguf", FILE, "smollm2", "smollm2"))
+def checkpoint(smollm2: Path) -> Checkpoint:
+    return open_checkpoint(ModelSource("gguf", smollm2, "smollm2", "smollm2"))
 
 
-def test_opening_takes_no_time(checkpoint: Checkpoint) -> None:
+def test_opening_takes_no_time(checkpoint: Checkpoint, smollm2: Path) -> None:
     started = time.process_time()
-    open_checkpoint(ModelSource("gguf", FILE, "smollm2", "smollm2"))
+    open_checkpoint(ModelSource("gguf", smollm2, "smollm2", "smollm2"))
     assert time.process_time() - started < 0.5
 
 

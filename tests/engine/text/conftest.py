@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAVO_CACHE", str(folder))
         yield folder
-
-
-def smollm_gguf() -> Path:
-    """The real SmolLM2 file, where the machine has one: OCTAVO_TEST_GGUF names it."""
-    path = os.environ.get("OCTAVO_TEST_GGUF")
-    if not path:
-        pytest.skip("OCTAVO_TEST_GGUF names no SmolLM2 GGUF file")
-    return Path(path)
 
 
 def train_byte_level(split: str, vocab_size: int = 700) -> tokenizers.Tokenizer:

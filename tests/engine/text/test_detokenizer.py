@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from octavo.engine.text.detokenizer import Detokenizer, make_detokenizer
 from octavo.engine.text.tokenizer import Tokenizer
 
-from .conftest import KINDS, TEXTS, smollm_gguf
+from .conftest import KINDS, TEXTS
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Few distinct ids, so that the interesting ones (special, added, bytes) meet often; some beyond any vocabulary.
@@ -121,10 +122,10 @@ def test_cost_per_token_does_not_grow(kinds: dict[str, Tokenizer], kind: str) ->
     assert long < 8 * short * 4  # linear is 8 ×; decoding everything anew would be 64 ×
 
 
-def test_real_smollm2_streams_what_it_decodes() -> None:
+def test_real_smollm2_streams_what_it_decodes(smollm2: Path) -> None:
     from octavo.engine.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(smollm_gguf())
+    tokenizer = load_tokenizer(smollm2)
 
     @given(ids=st.lists(st.integers(0, 49151) | st.integers(17, 280), max_size=60), skip=st.booleans())
     @QUICK

@@ -23,7 +23,6 @@ from .conftest import (
     TEXTS,
     byte_level_gguf,
     sentencepiece_gguf,
-    smollm_gguf,
     train_byte_level,
     write_gguf,
 )
@@ -131,10 +130,10 @@ def test_gguf_tokens_added_by_the_user_are_found_and_shown(tmp_path: Path) -> No
     assert loaded.vocab_size == len(tokens)
 
 
-def test_real_smollm2_matches_transformers() -> None:
+def test_real_smollm2_matches_transformers(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    path = smollm_gguf()
+    path = smollm2
     ours = load_tokenizer(path)
     theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     # transformers does not know the rule "smollm" and falls back to GPT-2's; they differ in white space before digits.

