@@ -25,7 +25,7 @@ from octavo.engine.loader.checkpoint import open_checkpoint
 from octavo.engine.loader.source import resolve_model
 from octavo.engine.models.registry import build_model, max_model_len
 from octavo.engine.parallel.mesh import Mesh
-from octavo.engine.process.inproc import InProcess
+from octavo.engine.process.inproc import InProcess, rank_thread
 from octavo.engine.runner.buffers import Buffers
 from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
 from octavo.engine.runner.runner import Model, Runner
@@ -36,6 +36,17 @@ from octavo.kernels import ops as kernel_ops
 
 def build_local(config: EngineConfig, phases: Phases) -> Engine:
     """Build everything in this process. Raises ConfigError."""
+    thread = rank_thread()
+    try:
+        runner, info = thread.submit(_build_rank, config, phases).result()
+        engine = assemble(config, info, InProcess(thread, runner))
+    except BaseException:
+        thread.shutdown(wait=False)
+        raise
+    return replace(engine, info=replace(info, phases=tuple(phases.done)))
+
+
+def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInfo]:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     with phases.phase("find model"):
@@ -77,9 +88,7 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
         pool = KVPool.allocate(specs, num_blocks, config.block_size, device)
         buffers = Buffers(config.max_num_seqs, length, config.block_size)
         sampling = SamplingState(config.max_num_seqs, length, info.vocab_size, device)
-        runner = Runner(model, pool, ops, buffers, sampling, device)
-    engine = assemble(config, info, InProcess(runner))
-    return replace(engine, info=replace(info, phases=tuple(phases.done)))
+    return Runner(model, pool, ops, buffers, sampling, device), info
 
 
 def pick_device(name: str) -> torch.device:
