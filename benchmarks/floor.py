@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 
@@ -79,9 +81,18 @@ def run_s(machine: Machine, shape: ModelShape, rows: int, input_len: int, output
     return prefill_s(machine, shape, rows, input_len) + steps * decode_s(machine, shape, rows, mean_context)
 
 
-@torch.inference_mode()
 def measure_machine(budget_s: float = 4.0, dtype: torch.dtype = torch.float32) -> Machine:
-    """Takes about `budget_s` seconds and 1 GiB. Set the number of threads (torch) before."""
+    """Takes about `budget_s` seconds and 1 GiB. Set the number of threads (torch) before.
+
+    Measures in a process of its own: OpenMP workers that this left behind would slow down an engine in this one.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+        return child.submit(_measure, budget_s, dtype, torch.get_num_threads()).result()
+
+
+@torch.inference_mode()
+def _measure(budget_s: float, dtype: torch.dtype, threads: int) -> Machine:
+    torch.set_num_threads(threads)
     share = budget_s / (2 * len(MATMULS) + 2)
     gflops = max(2 * m * k * n / _best_s(call, share) / 1e9 for m, k, n in MATMULS for call in _matmuls(m, k, n, dtype))
     source = torch.ones(ARRAY_BYTES // 4)
