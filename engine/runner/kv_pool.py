@@ -5,12 +5,13 @@ Planned from the `KVSpec`s that the layers declare; nobody computes KV bytes fro
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from octavo.engine.config import EngineConfig
@@ -62,11 +63,15 @@ def plan_num_blocks(
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that the operating system hands out page by page when they are written. Aligned to cache lines."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 64, dtype=np.uint8)
-    first = -raw.ctypes.data % 64
-    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)
+    """Zeros that the operating system hands out when they are written, in huge pages where it has them.
+
+    Blocks lie scattered in the pool: with pages of 4 KiB, nearly every one of them would miss in the TLB.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _cpu_bytes() -> int:
