@@ -56,6 +56,9 @@ class LMHead(Layer):
     """[R, M] → [R, V] float32. The vocabulary is cut over tp. Tied: it reads the embedding's table.
 
     `soft_cap` c: logits become c * tanh(logit / c).
+
+    On a CPU in bfloat16 the head keeps a float32 copy of its table: a product rounded to bfloat16 has steps of 1/8
+    between logits of 16, so that likely tokens tie and the greedy choice among them is an accident.
     """
 
     def __init__(
@@ -69,13 +72,22 @@ class LMHead(Layer):
         super().__init__()
         self.group, self.vocab_size, self.soft_cap = ctx.mesh.tp, vocab_size, soft_cap
         self.project = ctx.linear_method.project
+        self.exact: torch.Tensor | None = None
         # In a list, so that a tied table is found once, under the embedding's name.
         self.tied = [] if tied_to is None else [tied_to]
         if tied_to is None:
             part, rows = vocab_part(vocab_size, self.group)
             self.weight = Weight((rows, width), ShardRule(0, (part,)), ctx.dtype, ctx.device)
 
+    @property
+    def table(self) -> torch.Tensor:
+        return self.tied[0].weight if self.tied else self.weight
+
+    def finish(self) -> None:
+        if self.table.device.type == "cpu" and self.table.dtype == torch.bfloat16:
+            self.exact = self.table.float()
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight = self.tied[0].weight if self.tied else self.weight
-        logits = self.group.all_gather(self.project(hidden, weight)).float()[:, : self.vocab_size]
+        table = self.table if self.exact is None else self.exact
+        logits = self.group.all_gather(self.project(hidden.to(table.dtype), table)).float()[:, : self.vocab_size]
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
