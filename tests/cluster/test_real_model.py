@@ -1,0 +1,113 @@
+"""The whole of it: `octavo serve` with the real model, and the official client asking for 16 things at once."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from octavo.cluster import machine
+from octavo.engine import LLM, SamplingParams
+
+TEXTS = ["The capital of France is", "Water boils at", "Once upon a time", "1, 2, 3, 4,"]
+CHATS = ["What is the capital of France?", "Write one sentence about the sea."]
+OPTIONS = {"dtype": "float32", "max_model_len": 1024, "num_gpu_blocks_override": 512}
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: Path):
+    """Greedy answers of the engine alone: (completions, chat answers)."""
+    llm = LLM(str(smollm2), **OPTIONS)
+    greedy = SamplingParams(temperature=0, max_tokens=24)
+    texts = [o.outputs[0].text for o in llm.generate(TEXTS, greedy, use_tqdm=False)]
+    chats = [llm.chat([{"role": "user", "content": c}], greedy, use_tqdm=False)[0].outputs[0].text for c in CHATS]
+    llm.close()
+    return texts, chats
+
+
+@pytest.fixture(scope="module")
+def url(smollm2: Path, tmp_path_factory):
+    port, log = machine.free_ports(1)[0], tmp_path_factory.mktemp("serve") / "log"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    command = [sys.executable, "-m", "octavo.cluster.cli", "serve", str(smollm2), f"--port={port}", *flags]
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, "--served-model-name=m"], stdout=out, stderr=out, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while "Ctrl-C stops" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(timeout=40) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            for pid in (*machine._descendants(process.pid), process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+async def test_sixteen_mixed_streams_with_cancellations(url, expected):
+    texts, chats = expected
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    common = {"model": "m", "temperature": 0, "max_tokens": 24}
+
+    async def completion(i: int, stream: bool) -> str:
+        made = await client.completions.create(prompt=TEXTS[i], stream=stream, **common)
+        return "".join([c.choices[0].text async for c in made]) if stream else made.choices[0].text
+
+    async def chat(i: int, stream: bool) -> str:
+        messages = [{"role": "user", "content": CHATS[i]}]
+        made = await client.chat.completions.create(messages=messages, stream=stream, **common)
+        if not stream:
+            return made.choices[0].message.content
+        return "".join([c.choices[0].delta.content or "" async for c in made])
+
+    async def leave(i: int) -> None:
+        more = common | {"max_tokens": 900}
+        made = await client.completions.create(
+            prompt=TEXTS[i % 4], stream=True, extra_body={"ignore_eos": True}, **more
+        )
+        async for _ in made:
+            break
+        await made.close()
+
+    answers = await asyncio.gather(
+        *(completion(i, stream) for i in range(4) for stream in (True, False)),
+        *(chat(i, stream) for i in range(2) for stream in (True, False)),
+        *(leave(i) for i in range(4)),
+    )
+    assert list(answers[:8]) == [text for text in texts for _ in range(2)]
+    assert list(answers[8:12]) == [text for text in chats for _ in range(2)]
+    for _ in range(100):
+        metrics = _metrics(url)
+        if "octavo:kv_cache_usage_perc" in metrics and _gauge(metrics, "octavo:kv_cache_usage_perc") == 0:
+            break
+        await asyncio.sleep(0.1)
+    assert _gauge(metrics, "octavo:kv_cache_usage_perc") == 0  # those who left have their blocks given back
+    assert _gauge(metrics, "octavo:num_requests_running") == 0
+
+
+async def test_seeds_samples_and_logprobs(url):
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    asked = {"model": "m", "prompt": TEXTS[2], "max_tokens": 12, "seed": 3, "n": 2, "logprobs": 2}
+    one, two = await asyncio.gather(client.completions.create(**asked), client.completions.create(**asked))
+    assert [c.text for c in one.choices] == [c.text for c in two.choices]
+    assert one.choices[0].text != one.choices[1].text
+    assert len(one.choices[0].logprobs.token_logprobs) == one.usage.completion_tokens // 2 == 12
+    with pytest.raises(openai.BadRequestError, match=r"1024"):
+        await client.completions.create(model="m", prompt=[5] * 2000)
+
+
+def _metrics(url: str) -> str:
+    return httpx.get(f"{url}/metrics").text
+
+
+def _gauge(metrics: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name + "{"))
