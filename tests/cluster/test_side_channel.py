@@ -140,7 +140,7 @@ async def test_a_lost_ingress_aborts_its_requests(side):
     with pytest.raises(ReplicaLost):
         await task
     await until(lambda: replica._loop.num_live == 0 and not replica._live)
-    assert not replica._sender._channels
+    await until(lambda: not replica._sender._channels)
     assert not receiver.stats
 
 
@@ -169,7 +169,7 @@ async def test_an_ingress_that_cannot_be_reached(side, monkeypatch):
     with pytest.raises(ReplicaLost, match="cannot reach"):
         await collect(client, request())
     assert replica._loop.num_live == 0
-    assert not replica._sender._channels
+    await until(lambda: not replica._sender._channels)
 
 
 async def test_strangers_are_turned_away(side):
