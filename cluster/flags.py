@@ -44,7 +44,7 @@ FLAGS: tuple[Flag, ...] = (
         max_model_len="Longest prompt + output, in tokens.",
         load_format="auto, or dummy for random weights.",
         trust_remote_code="Run code that comes with the model.",
-        seed="Seed of dummy weights and of requests without one.",
+        seed="Seed of dummy weights.",
     ),
     *_panel(
         "engine",

@@ -85,6 +85,10 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: each a list of {"role": …, "content": …}."""
+        reserved = {"tools", "add_generation_prompt", "continue_final_message", "chat_template"}
+        clash = sorted(reserved & (chat_template_kwargs or {}).keys())
+        if clash:
+            raise RequestError(f"chat_template_kwargs must not name {clash[0]}.", "chat_template_kwargs")
         several = bool(messages) and not isinstance(messages[0], dict)
         conversations: Any = messages if several else [messages]
         texts = [

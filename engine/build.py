@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.blocks import BlockPool
-from octavo.engine.core.engine import EngineCore
+from octavo.engine.core.engine import EngineCore, Process
 from octavo.engine.core.scheduler import Limits, Scheduler
 from octavo.engine.errors import ConfigError
 from octavo.engine.types import EngineInfo
@@ -77,7 +77,7 @@ def build_fake(config: EngineConfig) -> Engine:
     return assemble(config, info, runner)
 
 
-def assemble(config: EngineConfig, info: EngineInfo, process: object) -> Engine:
+def assemble(config: EngineConfig, info: EngineInfo, process: Process) -> Engine:
     """Scheduler + block pool + process → Engine."""
     if info.num_blocks * info.block_size < info.max_model_len:
         raise ConfigError(
@@ -103,5 +103,5 @@ def assemble(config: EngineConfig, info: EngineInfo, process: object) -> Engine:
         scheduling_policy=config.scheduling_policy,
     )
     scheduler = Scheduler(limits, BlockPool(info.num_blocks, config.enable_prefix_caching))
-    core = EngineCore(scheduler, process, time.monotonic, lag=1 if config.async_scheduling else 0)  # type: ignore[arg-type]
+    core = EngineCore(scheduler, process, time.monotonic, lag=1 if config.async_scheduling else 0)
     return Engine(core, info)

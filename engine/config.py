@@ -30,6 +30,7 @@ class EngineConfig:
     long_prefill_token_threshold: the most prompt tokens one sequence may compute in a step; 0 = only the token budget.
     enable_chunked_prefill false: a prompt is computed in one step or waits.
     async_scheduling: plan step N+1 while N runs.
+    seed: of dummy weights. A request without a seed of its own gets a random one.
     load_format dummy: random weights, no checkpoint is read beyond its config.
     kernels: force one kernel body ("ref", "cpu"); None = the best available.
     """
