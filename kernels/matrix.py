@@ -1,0 +1,123 @@
+"""Matrix: a weight as its number format states it, before a body of the ops lays it out for its machine.
+
+Knows tensors alone: no files, no formats by name, no layers. Every format octavo reads becomes one of these, so that an
+op that multiplies with a Matrix multiplies with all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight [N, K]: N outputs, K inputs.
+
+        w[n, k] = scales[n, k // group_size] * (values[n, k] - zero) + mins[n, k // group_size]
+
+    values: [N, K]; uint8 codes below 2^bits, or numbers: float8_e4m3fn (bits 8), or one of FLOATS (bits 0; then there
+    are no scales). scales, mins: [N, K / group_size] float16 or float32, both of one dtype; None = 1 and 0.
+    zero: of codes alone; the same for the whole matrix. group_size: divides K; K itself = one scale per output.
+    inputs: [K] int64, the input that each column of `values` belongs to, where a format has reordered them; None = its own.
+    """
+
+    values: torch.Tensor
+    bits: int = 0
+    group_size: int = 0
+    scales: torch.Tensor | None = None
+    mins: torch.Tensor | None = None
+    zero: int = 0
+    inputs: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        codes, numbers = self.values.dtype == torch.uint8, self.values.dtype in FLOATS
+        assert self.values.dim() == 2 and (codes or numbers or self.values.dtype == torch.float8_e4m3fn)
+        assert self.bits in ((4, 8) if codes else (0,) if numbers else (8,))
+        assert numbers == (self.scales is None), "codes have scales, numbers do not"
+        assert self.inputs is None or not numbers
+        if self.scales is not None:
+            assert self.group_size > 0 and self.values.shape[1] % self.group_size == 0, "groups must fill the inputs"
+            groups = (self.values.shape[0], self.values.shape[1] // self.group_size)
+            assert self.scales.shape == groups and self.scales.dtype in (torch.float16, torch.float32)
+        if self.mins is not None:
+            assert self.scales is not None
+            assert self.mins.shape == self.scales.shape and self.mins.dtype == self.scales.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of values (4 bits are counted as such), scales and mins."""
+        bits = self.values.numel() * (4 if self.bits == 4 else 8 * self.values.element_size())
+        return bits // 8 + sum(part.nbytes for part in (self.scales, self.mins) if part is not None)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two matrices must share to be joined."""
+        return (
+            self.values.dtype,
+            self.bits,
+            self.values.shape[1] // self.group_size if self.group_size else 0,
+            None if self.scales is None else self.scales.dtype,
+            self.mins is None,
+            self.zero,
+            None if self.inputs is None else tuple(self.inputs.tolist()),
+        )
+
+    def narrow(self, axis: int, start: int, size: int) -> Matrix:
+        """Outputs (axis 0) or inputs (axis 1) [start, start + size). Raises ValueError if inputs cut through a group."""
+        if axis == 1 and self.inputs is not None and size != self.shape[1]:
+            raise ValueError("its inputs are reordered and cannot be cut")
+        if axis == 0 or self.scales is None:
+            return self._each(lambda part: part.narrow(axis, start, size))
+        step = self.group_size
+        if (start, size) == (0, self.shape[1]):
+            return self
+        if step == self.shape[1]:  # one scale per output holds for any part of its inputs
+            return replace(self, values=self.values.narrow(1, start, size), group_size=size)
+        if start % step or size % step:
+            raise ValueError(f"inputs {start} to {start + size} are not whole groups of {step}")
+        cut = self._each(lambda part: part.narrow(1, start // step, size // step))
+        return replace(cut, values=self.values.narrow(1, start, size))
+
+    def permute_outputs(self, index: torch.Tensor) -> Matrix:
+        """index: [N] int64, which output comes to each place."""
+        return self._each(lambda part: part[index])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[N, K], computed in float32: the definition of the format."""
+        if self.scales is None:
+            return self.values.to(dtype)  # such matrices are never reordered
+        values = (self.values.float() - self.zero).unflatten(1, (-1, self.group_size))
+        values *= self.scales.float().unsqueeze(2)
+        if self.mins is not None:
+            values += self.mins.float().unsqueeze(2)
+        values = values.flatten(1)
+        if self.inputs is not None:
+            values = torch.empty_like(values).index_copy_(1, self.inputs, values)
+        return values.to(dtype)
+
+    def _each(self, change: object) -> Matrix:
+        parts = {name: getattr(self, name) for name in ("values", "scales", "mins")}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})  # type: ignore[operator]
+
+
+def join(matrices: Sequence[Matrix]) -> Matrix:
+    """The outputs of all, one after the other. All must have the same `form`."""
+    first = matrices[0]
+    assert all(matrix.form == first.form for matrix in matrices)
+    if len(matrices) == 1:
+        return first
+    parts = {
+        name: torch.cat([getattr(matrix, name) for matrix in matrices])
+        for name in ("values", "scales", "mins")
+        if getattr(first, name) is not None
+    }
+    return replace(first, **parts)
