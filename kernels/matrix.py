@@ -23,7 +23,7 @@ class Matrix:
     values: [N, K]; uint8 codes below 2^bits, or numbers: float8_e4m3fn (bits 8), or one of FLOATS (bits 0; then there
     are no scales). scales, mins: [N, K / group_size] float16 or float32, both of one dtype; None = 1 and 0.
     zero: of codes alone; the same for the whole matrix. group_size: divides K; K itself = one scale per output.
-    inputs: [K] int64, the input that each column of `values` belongs to, where a format has reordered them; None = its own.
+    inputs: [K] int64, the input each column of `values` belongs to, where a format has reordered them; None = its own.
     """
 
     values: torch.Tensor
@@ -36,17 +36,19 @@ class Matrix:
 
     def __post_init__(self) -> None:
         codes, numbers = self.values.dtype == torch.uint8, self.values.dtype in FLOATS
-        assert self.values.dim() == 2 and (codes or numbers or self.values.dtype == torch.float8_e4m3fn)
+        assert self.values.dim() == 2
+        assert codes or numbers or self.values.dtype == torch.float8_e4m3fn
         assert self.bits in ((4, 8) if codes else (0,) if numbers else (8,))
         assert numbers == (self.scales is None), "codes have scales, numbers do not"
         assert self.inputs is None or not numbers
         if self.scales is not None:
-            assert self.group_size > 0 and self.values.shape[1] % self.group_size == 0, "groups must fill the inputs"
-            groups = (self.values.shape[0], self.values.shape[1] // self.group_size)
-            assert self.scales.shape == groups and self.scales.dtype in (torch.float16, torch.float32)
+            assert self.group_size > 0
+            assert self.values.shape[1] % self.group_size == 0, "groups must fill the inputs"
+            assert self.scales.shape == (self.values.shape[0], self.values.shape[1] // self.group_size)
+            assert self.scales.dtype in (torch.float16, torch.float32)
         if self.mins is not None:
             assert self.scales is not None
-            assert self.mins.shape == self.scales.shape and self.mins.dtype == self.scales.dtype
+            assert (self.mins.shape, self.mins.dtype) == (self.scales.shape, self.scales.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,7 +74,7 @@ class Matrix:
         )
 
     def narrow(self, axis: int, start: int, size: int) -> Matrix:
-        """Outputs (axis 0) or inputs (axis 1) [start, start + size). Raises ValueError if inputs cut through a group."""
+        """Outputs (axis 0) or inputs (axis 1) from `start` on. Raises ValueError if inputs cut through a group."""
         if axis == 1 and self.inputs is not None and size != self.shape[1]:
             raise ValueError("its inputs are reordered and cannot be cut")
         if axis == 0 or self.scales is None:
