@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -32,7 +32,14 @@ struct bf16 {
     uint16_t bits;
 };
 
-inline vf splat(float x) { return vf{} + x; }
+// Not vf{} + x, which is an addition: 0 + x is another number than x for -0.
+#if defined(__AVX512F__)
+inline vf splat(float x) { return (vf)_mm512_set1_ps(x); }
+#elif defined(__AVX2__)
+inline vf splat(float x) { return (vf)_mm256_set1_ps(x); }
+#else
+inline vf splat(float x) { return vf{x, x, x, x}; }
+#endif
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
