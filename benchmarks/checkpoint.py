@@ -7,6 +7,7 @@ transformers. Other models that octavo finds are folders already.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import tempfile
@@ -18,7 +19,8 @@ from report import console
 from safetensors.torch import save_file
 
 from octavo.engine.env import cache_dir
-from octavo.engine.loader.checkpoint import Checkpoint, open_checkpoint
+from octavo.engine.loader.checkpoint import open_checkpoint
+from octavo.engine.loader.gguf import GGUFCheckpoint
 from octavo.engine.loader.source import resolve_model
 
 LOOKED_UP = ("embed_tokens.weight", "wte.weight", "wpe.weight", "embed_positions.weight")  # not multiplied with
@@ -36,7 +38,7 @@ def model_folder(model: str, dtype: str = "float32") -> Path:
     folder = cache_dir() / "benchmarks" / f"{source.path.stem}-{stat.st_size:x}-{dtype}"
     if not folder.exists():
         console.print(f"converting {source.path.name} to {folder}")
-        _convert(source.path, open_checkpoint(source), getattr(torch, dtype), folder)
+        _convert(source.path, GGUFCheckpoint(source.path), getattr(torch, dtype), folder)
     return folder
 
 
@@ -48,7 +50,9 @@ def model_shape(model: str, dtype: torch.dtype = torch.float32) -> ModelShape:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     layer_parameters = sum(
-        tensor.numel() for name, tensor in checkpoint.tensors() if not name.endswith((*LOOKED_UP, "lm_head.weight"))
+        math.prod(weight.shape)
+        for name, weight in checkpoint.tensors()
+        if not name.endswith((*LOOKED_UP, "lm_head.weight"))
     )
     return ModelShape(
         layer_parameters=layer_parameters,
@@ -65,14 +69,14 @@ def vocab_size(folder: Path) -> int:
     return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
 
 
-def _convert(gguf: Path, checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> None:
+def _convert(gguf: Path, checkpoint: GGUFCheckpoint, dtype: torch.dtype, folder: Path) -> None:
     """Written beside and renamed at the end: a folder that exists is whole."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in checkpoint.tensors()}
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in checkpoint.float_tensors()}
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
         config = checkpoint.config
         config.tie_word_embeddings = "lm_head.weight" not in tensors

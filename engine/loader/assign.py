@@ -14,6 +14,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
 from octavo.engine.layers.weight import Layer
+from octavo.kernels.matrix import Matrix
 
 HEAD = "lm_head"
 Slot = tuple[str, str, str]  # module path, weight name, part name
@@ -33,6 +34,8 @@ def load_weights(
     known = set(missing)
     for name, tensor in tensors:
         target = model.weight_names.target(name)
+        if isinstance(tensor, Matrix):
+            tensor = tensor.dequantize().t() if target is not None and target.transpose else tensor.dequantize()
         if target is not None and not _is_tied_head(model, target):
             slots = _claimed(layers, target)
             if not slots or not known.issuperset(slots):

@@ -13,6 +13,7 @@ import torch
 
 from octavo.engine.loader.source import ModelSource
 from octavo.engine.types import GenerationDefaults
+from octavo.kernels.matrix import Matrix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,8 +37,12 @@ class Checkpoint(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, CPU tensor), each once, in file order; do not write into one. May be called again."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
+        """(Hugging Face name, weight on the CPU), each once, in file order; do not write into one. May be called again.
+
+        A quantized matrix is a Matrix, [outputs, inputs] as its layer multiplies, also where Hugging Face's tensor of
+        that name is its transpose.
+        """
         ...
 
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from octavo.engine.errors import ConfigError
-from octavo.engine.loader.dequant import TYPES, TensorType, dequantize
+from octavo.engine.loader.gguf_blocks import TYPES, TensorType, dequantize, matrix
 from octavo.engine.loader.gguf_config import Facts, make_config
 from octavo.engine.loader.gguf_header import Header, TensorInfo, read_header
 from octavo.engine.loader.gguf_names import IGNORED, RULES, Place
 from octavo.engine.types import GenerationDefaults
+from octavo.kernels.matrix import Matrix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,8 +60,8 @@ class _Stored:
 class GGUFCheckpoint:
     """A `.gguf` file, or the first of a split one (`…-00001-of-00003.gguf`).
 
-    Quantized tensors are given as float32, others as they are stored. Everything that can be wrong with the file, other
-    than its numbers, is found on opening. Raises ConfigError.
+    Quantized matrices are given as such, other tensors as they are stored. Everything that can be wrong with the file,
+    other than its numbers, is found on opening. Raises ConfigError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,15 +107,28 @@ class GGUFCheckpoint:
         )
         return None if defaults == GenerationDefaults() else defaults
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, tensor) in file order. Unquantized tensors are views of the mapped file."""
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
+        """(Hugging Face name, weight) in file order. Unquantized tensors are views of the mapped file."""
+        for stored, raw in self._raw():
+            if stored.kind.decode is None or len(stored.info.shape) != 2:
+                weight = dequantize(raw, stored.kind).view(stored.info.shape)
+            else:
+                weight = matrix(raw, stored.kind, stored.info.shape)
+            yield stored.place.name, weight if stored.place.undo is None else stored.place.undo(weight)
+
+    def float_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `tensors`, but quantized matrices in float32, as transformers has them: what its load_state_dict takes."""
+        for stored, raw in self._raw():
+            tensor = dequantize(raw, stored.kind).view(stored.info.shape)
+            yield stored.place.name, tensor if stored.place.undo is None else stored.place.undo(tensor)
+
+    def _raw(self) -> Iterator[tuple[_Stored, torch.Tensor]]:
+        """Every tensor with its bytes."""
         path, data = None, None
         for stored in self._stored:
             if data is None or stored.path != path:
                 path, data = stored.path, _map(stored.path)
-            raw = data[stored.info.offset : stored.info.offset + stored.num_bytes]
-            tensor = dequantize(raw, stored.kind).view(stored.info.shape)
-            yield stored.place.name, tensor if stored.place.undo is None else stored.place.undo(tensor)
+            yield stored, data[stored.info.offset : stored.info.offset + stored.num_bytes]
 
 
 def _is_wanted(key: str) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from octavo.engine.errors import ConfigError
+from octavo.kernels.matrix import Matrix
 
-Undo = Callable[[torch.Tensor], torch.Tensor]
+Weight = TypeVar("Weight", torch.Tensor, Matrix)
+Undo = Callable[[torch.Tensor | Matrix], torch.Tensor | Matrix]
 
 # Read into the config (see gguf_config), or tables that can be recomputed: no weights of the model.
 IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", "attn_rot_embd.weight")
@@ -21,7 +24,10 @@ IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a GGUF tensor belongs: Hugging Face's name, and what makes Hugging Face's tensor of it (None: nothing)."""
+    """Where a GGUF tensor belongs: Hugging Face's name, and what makes Hugging Face's tensor of it (None: nothing).
+
+    A Matrix is [outputs, inputs] in both: it is never transposed.
+    """
 
     name: str
     undo: Undo | None = None
@@ -56,21 +62,21 @@ class NameRules:
     def _undo(self, stem: str, kind: str, num_heads: int, num_kv_heads: int) -> Undo | None:
         if stem in self.rotated:
             heads = num_heads if stem == self.rotated[0] else num_kv_heads
-            return lambda tensor: _unrotate(tensor, heads)
+            return lambda weight: _unrotate(weight, heads)
         if kind == "weight" and stem in self.transposed:
-            return lambda tensor: tensor.t().contiguous()
+            return lambda weight: weight if isinstance(weight, Matrix) else weight.t().contiguous()
         if kind == "weight" and self.norm_offset and stem.endswith("norm"):
             return lambda tensor: tensor.float() - self.norm_offset
         return None
 
 
-def _unrotate(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """tensor: [heads × D, ...]. Rotation pairs the components 2i and 2i + 1 of a head in GGUF, i and i + D/2 in HF."""
-    if tensor.shape[0] % (2 * heads):
-        raise ConfigError(
-            f"A query or key of {tensor.shape[0]} rows does not split into {heads} heads: damaged metadata."
-        )
-    return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+def _unrotate(weight: Weight, heads: int) -> Weight:
+    """weight: [heads × D, ...]. Rotation pairs the components 2i and 2i + 1 of a head in GGUF, i and i + D/2 in HF."""
+    rows = weight.shape[0]
+    if rows % (2 * heads):
+        raise ConfigError(f"A query or key of {rows} rows does not split into {heads} heads: damaged metadata.")
+    index = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+    return weight.permute_outputs(index) if isinstance(weight, Matrix) else weight[index]
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -9,8 +9,7 @@ from transformers import LlamaForCausalLM
 
 from octavo.engine import LLM, AsyncLLM, EngineConfig, SamplingParams
 from octavo.engine.errors import ConfigError, RequestError, StepError
-from octavo.engine.loader.checkpoint import open_checkpoint
-from octavo.engine.loader.source import ModelSource
+from octavo.engine.loader.gguf import GGUFCheckpoint
 
 OPTIONS = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32, "num_gpu_blocks_override": 200}
 TEXTS = [
@@ -33,9 +32,9 @@ def llm(smollm2: Path):
 @pytest.fixture(scope="module")
 def reference(smollm2: Path):
     """transformers' model with the same weights."""
-    checkpoint = open_checkpoint(ModelSource("gguf", smollm2, "smollm2", "smollm2"))
+    checkpoint = GGUFCheckpoint(smollm2)
     model = LlamaForCausalLM(checkpoint.config).eval()
-    model.load_state_dict(dict(checkpoint.tensors()), strict=False)
+    model.load_state_dict(dict(checkpoint.float_tensors()), strict=False)
     model.tie_weights()
     return model
 

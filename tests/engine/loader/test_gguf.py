@@ -20,6 +20,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.loader.checkpoint import GenerationDefaults, open_checkpoint
 from octavo.engine.loader.gguf import GGUFCheckpoint
 from octavo.engine.loader.source import ModelSource
+from octavo.kernels.matrix import Matrix
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -244,7 +245,27 @@ def test_quantized_llama(kind: str, tmp_path: Path) -> None:
     write_gguf(path, case.arch, model, GGMLQuantizationType[kind])
     allowed = {"Q8_0": 0.01, "Q4_0": 0.2, "F16": 1e-3, "BF16": 1e-2}[kind]
     for name, tensor in GGUFCheckpoint(path).tensors():
-        torch.testing.assert_close(tensor.float(), model.state_dict()[name], rtol=0, atol=allowed)
+        tensor = tensor.dequantize() if isinstance(tensor, Matrix) else tensor.float()
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2", "gemma2"])
+def test_quantized_matrices_are_the_layers(name: str, tmp_path: Path) -> None:
+    """Matrices are [outputs, inputs] with queries and keys in Hugging Face's order, also where HF keeps transposes."""
+    case = CASES[name]
+    model = make_model(case)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, case.arch, model, GGMLQuantizationType.Q8_0)
+    checkpoint = GGUFCheckpoint(path)
+    floats, state = dict(checkpoint.float_tensors()), model.state_dict()
+    for key, weight in checkpoint.tensors():
+        assert isinstance(weight, Matrix) == (state[key].dim() == 2)
+        torch.testing.assert_close(floats[key], state[key], rtol=0, atol=0.01)
+        if isinstance(weight, Matrix):
+            transposed = name == "gpt2" and ".h." in key
+            assert torch.equal(weight.dequantize(), floats[key].t() if transposed else floats[key])
+        else:
+            assert torch.equal(weight, floats[key])
 
 
 def test_tensors_can_be_read_twice(llama: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from octavo.engine.loader.checkpoint import Checkpoint, open_checkpoint
+from octavo.engine.loader.checkpoint import open_checkpoint
+from octavo.engine.loader.gguf import GGUFCheckpoint
 from octavo.engine.loader.source import ModelSource
 
 PROMPT = [22007, 6463, 314]  # "Gravity is"
@@ -18,17 +19,17 @@ CONTINUATION = [253, 4959, 1909, 281, 6944, 338, 6601, 260, 26589, 282, 42548, 2
 
 
 @pytest.fixture(scope="module")
-def checkpoint(smollm2: Path) -> Checkpoint:
-    return open_checkpoint(ModelSource("gguf", smollm2, "smollm2", "smollm2"))
+def checkpoint(smollm2: Path) -> GGUFCheckpoint:
+    return GGUFCheckpoint(smollm2)
 
 
-def test_opening_takes_no_time(checkpoint: Checkpoint, smollm2: Path) -> None:
+def test_opening_takes_no_time(checkpoint: GGUFCheckpoint, smollm2: Path) -> None:
     started = time.process_time()
     open_checkpoint(ModelSource("gguf", smollm2, "smollm2", "smollm2"))
     assert time.process_time() - started < 0.5
 
 
-def test_config(checkpoint: Checkpoint) -> None:
+def test_config(checkpoint: GGUFCheckpoint) -> None:
     config = checkpoint.config
     assert config.architectures == ["LlamaForCausalLM"]
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (49152, 576, 30)
@@ -38,10 +39,10 @@ def test_config(checkpoint: Checkpoint) -> None:
     assert checkpoint.eos_token_ids == (2,)
 
 
-def test_speaks_english(checkpoint: Checkpoint) -> None:
+def test_speaks_english(checkpoint: GGUFCheckpoint) -> None:
     model = transformers.LlamaForCausalLM(checkpoint.config).eval()
     expected = model.state_dict()
-    tensors = dict(checkpoint.tensors())
+    tensors = dict(checkpoint.float_tensors())
     assert checkpoint.num_tensors == len(tensors) == 272
     assert set(expected) - set(tensors) == {"lm_head.weight"}
     assert {name: tensor.shape for name, tensor in tensors.items()}.items() <= {

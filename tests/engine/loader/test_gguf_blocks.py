@@ -7,8 +7,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from octavo.engine.loader import dequant
-from octavo.engine.loader.dequant import TYPES, dequantize
+from octavo.engine.loader import gguf_blocks
+from octavo.engine.loader.gguf_blocks import TYPES, dequantize, matrix
 
 QUANTIZED = [number for number, kind in TYPES.items() if kind.decode is not None]
 # bytes at which a block holds its float16 scales
@@ -28,12 +28,38 @@ def random_blocks(number: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("number", QUANTIZED, ids=lambda number: TYPES[number].name)
 @pytest.mark.parametrize("chunk", [1 << 18, 512])
 def test_equals_gguf_on_random_blocks(number: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dequant, "_CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr(gguf_blocks, "_CHUNK_WEIGHTS", chunk)
     blocks = random_blocks(number, 37)
     expected = quants.dequantize(blocks, GGMLQuantizationType(number)).reshape(-1)
     found = dequantize(torch.from_numpy(blocks).view(-1), TYPES[number])
     assert found.dtype == torch.float32
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+# name → bits, group size, zero, scales' dtype, whether there are mins
+FORMS = {
+    "Q4_0": (4, 32, 8, torch.float16, False),
+    "Q4_1": (4, 32, 0, torch.float16, True),
+    "Q5_0": (8, 32, 16, torch.float16, False),
+    "Q5_1": (8, 32, 0, torch.float16, True),
+    "Q8_0": (8, 32, 128, torch.float16, False),
+    "Q4_K": (4, 32, 0, torch.float32, True),
+    "Q5_K": (8, 32, 0, torch.float32, True),
+    "Q6_K": (8, 16, 32, torch.float32, False),
+}
+
+
+@pytest.mark.parametrize("number", QUANTIZED, ids=lambda number: TYPES[number].name)
+def test_matrices_equal_gguf(number: int) -> None:
+    kind = TYPES[number]
+    blocks = random_blocks(number, 21)
+    expected = quants.dequantize(blocks, GGMLQuantizationType(number)).reshape(7, 3 * kind.weights)
+    found = matrix(torch.from_numpy(blocks).view(-1), kind, (7, 3 * kind.weights))
+    assert found.scales is not None
+    form = (found.bits, found.group_size, found.zero, found.scales.dtype, found.mins is not None)
+    assert form == FORMS[kind.name]
+    assert int(found.values.max()) < 2 ** int(kind.name[1])
+    np.testing.assert_array_equal(found.dequantize().numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
