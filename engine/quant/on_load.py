@@ -1,0 +1,113 @@
+"""Quantizes float weights while they are loaded: no calibration data, one weight at a time.
+
+Knows tensors alone. Which weights are quantized is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from octavo.engine.errors import ConfigError
+from octavo.kernels.matrix import Matrix
+
+GROUP_SIZES = (128, 64, 32)
+_FP8_MAX = 448.0  # the largest number of float8_e4m3fn
+_FIT_PASSES = 4
+# Rows are worked on one megabyte at a time, so that intermediates stay in the CPU's cache.
+_CHUNK_WEIGHTS = 1 << 18
+
+
+def quantizer(name: str) -> Callable[[torch.Tensor], Matrix]:
+    """int8, int4 or fp8 → what makes a Matrix of a weight [N, K]. Raises ConfigError for another name."""
+    if name not in QUANTIZERS:
+        raise ConfigError(f"quantization {name!r} is not known; known are {', '.join(QUANTIZERS)}.")
+    return QUANTIZERS[name]
+
+
+def int8(weight: torch.Tensor) -> Matrix:
+    """weight: [N, K] of any float dtype → codes around 128, from -127 to 127, one float32 scale per output."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales = torch.empty(len(weight), 1)
+    for rows, chunk in _chunks(weight):
+        scales[rows] = _largest(chunk) / 127
+        codes[rows] = (chunk / _divisor(scales[rows])).round_().add_(128).to(torch.uint8)
+    return Matrix(codes, 8, weight.shape[1], scales, zero=128)
+
+
+def fp8(weight: torch.Tensor) -> Matrix:
+    """weight: [N, K] of any float dtype → float8_e4m3fn, one float32 scale per output."""
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(len(weight), 1)
+    for rows, chunk in _chunks(weight):
+        scales[rows] = _largest(chunk) / _FP8_MAX
+        values[rows] = (chunk / _divisor(scales[rows])).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    return Matrix(values, 8, weight.shape[1], scales)
+
+
+def int4(weight: torch.Tensor, group_size: int = GROUP_SIZES[0]) -> Matrix:
+    """weight: [N, K] of any float dtype → 4-bit codes with a float16 scale and minimum per group of inputs.
+
+    Where group_size does not divide K, the next smaller of GROUP_SIZES that does is taken; where none does, int8.
+    """
+    width = weight.shape[1]
+    group_size = next((size for size in (group_size, *GROUP_SIZES) if size <= group_size and width % size == 0), 0)
+    if not group_size:
+        return int8(weight)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales = torch.empty(weight.shape[0], width // group_size, dtype=torch.float16)
+    mins = torch.empty_like(scales)
+    for rows, chunk in _chunks(weight):
+        groups = chunk.view(len(chunk), -1, group_size)
+        scale, minimum = (part.half() for part in _fit(groups))
+        codes[rows] = _nearest(groups, scale.float(), minimum.float()).view_as(chunk).to(torch.uint8)
+        scales[rows], mins[rows] = scale.squeeze(2), minimum.squeeze(2)
+    return Matrix(codes, 4, group_size, scales, mins)
+
+
+QUANTIZERS: dict[str, Callable[[torch.Tensor], Matrix]] = {"int8": int8, "int4": int4, "fp8": fp8}
+
+
+def _chunks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some rows at a time: where they are, and they in float32."""
+    step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows].float()
+
+
+def _largest(weight: torch.Tensor) -> torch.Tensor:
+    """[N, 1]: the largest absolute weight of each row."""
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    return torch.maximum(-low, high)
+
+
+def _divisor(scales: torch.Tensor) -> torch.Tensor:
+    """A row of zeros has scale 0, and stays zeros if divided by 1."""
+    return scales.masked_fill(scales == 0, 1)
+
+
+def _fit(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """groups: [n, G, g] → scale and minimum, [n, G, 1] each, of little squared error.
+
+    From the scale that spans the group, rounding to codes and the least squares fit to these codes take turns. Neither
+    can raise the error, and a few turns find the better part of what clipping the outliers of a group gains.
+    """
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    above = groups - low  # so that the sums below do not cancel where a group lies far from zero
+    scale, offset = (high - low) / 15, torch.zeros_like(low)
+    mean = above.mean(2, keepdim=True)
+    for _ in range(_FIT_PASSES):
+        codes = _nearest(above, scale, offset)
+        middle = codes.mean(2, keepdim=True)
+        codes -= middle
+        spread = codes.square().sum(2, keepdim=True)
+        scale = (codes * above).sum(2, keepdim=True) / spread.masked_fill(spread == 0, 1)
+        offset = mean - scale * middle
+    return scale, low + offset
+
+
+def _nearest(groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """The codes 0 to 15, as floats, that come nearest."""
+    return (groups - minimum).div_(_divisor(scale)).round_().clamp_(0, 15)
