@@ -19,10 +19,11 @@ def api_key() -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """OCTAVO_CPU_ISA: force the instruction set of the native CPU ops: avx512, avx2 or base; unset = the best here."""
+    """OCTAVO_CPU_ISA: force the instruction set of the native CPU ops; unset = the best here."""
+    known = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "base")
     value = os.environ.get("OCTAVO_CPU_ISA") or None
-    if value not in (None, "avx512", "avx2", "base"):
-        raise ConfigError(f"OCTAVO_CPU_ISA must be avx512, avx2 or base, got {value!r}.")
+    if value is not None and value not in known:
+        raise ConfigError(f"OCTAVO_CPU_ISA must be one of {', '.join(known)}, got {value!r}.")
     return value
 
 

@@ -18,7 +18,12 @@ from typing import Any, Protocol
 
 import torch
 
+from octavo.kernels.matrix import Matrix
+
 log = logging.getLogger(__name__)
+
+
+Packed = Any  # a weight as a body keeps it: its own affair, but for `nbytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,34 @@ class GatedActivation(Protocol):
         """x: [T, 2F] = (gate, up) → act(gate) * up: [T, F]."""
 
 
+class PackLinear(Protocol):
+    def __call__(self, matrix: Matrix) -> Packed:
+        """A copy of a weight in the layout that `linear` and `embedding` of the same body read. `matrix.inputs` is not
+        looked at: who calls `linear` brings x into that order."""
+
+
+class Linear(Protocol):
+    def __call__(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, K] @ weight [N, K]ᵀ + bias [N] → [T, N] in x's dtype, float32 or bfloat16 whatever the weight's.
+
+        Sums in float32. Weights of codes: x is rounded to 8 bits, symmetrically, one scale per row and group of the
+        weight, as every engine of this field does on a CPU: q = round(x * 127 / max|x|), products of a group summed
+        exactly. A row that is not finite gives a row that is not finite.
+        """
+
+
+class Embedding(Protocol):
+    def __call__(self, ids: torch.Tensor, weight: Packed, dtype: torch.dtype) -> torch.Tensor:
+        """Outputs ids [T] int64 of a weight [N, K], as numbers: [T, K] in dtype."""
+
+
+class Graph(Protocol):
+    """A forward that was recorded (a body's `record`)."""
+
+    def replay(self) -> Any:
+        """Do it again with what the inputs hold now. Returns what the recorded function returned, overwritten."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """One body per op, chosen by `select`; handed to layers when a model is built."""
@@ -116,13 +149,16 @@ class Ops:
     rotary: Rotary
     silu_and_mul: GatedActivation
     gelu_tanh_and_mul: GatedActivation
+    pack_linear: PackLinear
+    linear: Linear
+    embedding: Embedding
     bodies: tuple[tuple[str, str], ...] = ()  # (op, body) as chosen, for the start-up table
 
 
-# A body is a module with functions of the ops' names; it may leave ops out. `available()` says whether it can run here.
+# A body has functions of the ops' names; it may leave ops out. `available()` says whether it can run here.
 BODIES: dict[str, tuple[str, ...]] = {
-    "cpu": ("octavo.kernels.cpu", "octavo.kernels.ref"),
-    "cuda": ("octavo.kernels.ref",),
+    "cpu": ("cpu", "ref"),
+    "cuda": ("ref",),
 }
 
 
@@ -131,19 +167,21 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None, c
 
     cpu_isa: the instruction set of the native CPU ops; None = the best here. Raises ValueError if it cannot run here.
     """
-    modules = BODIES.get(device.type, ("octavo.kernels.ref",))
-    if force is not None:
-        modules = (f"octavo.kernels.{force}", "octavo.kernels.ref")
+    names = BODIES.get(device.type, ("ref",)) if force is None else (force, "ref")
+    bodies = [(name, body) for name in dict.fromkeys(names) if (body := _body(name, cpu_isa)) is not None]
     chosen: dict[str, Callable[..., object]] = {}
-    names: list[tuple[str, str]] = []
+    took: list[tuple[str, str]] = []
     for op in (f.name for f in fields(Ops) if f.name != "bodies"):
-        for name in modules:
-            module: Any = importlib.import_module(name)
-            if cpu_isa is not None and name == "octavo.kernels.cpu":
-                module = module.load(cpu_isa)
-            if module.available(device, dtype) and hasattr(module, op):
-                chosen[op] = getattr(module, op)
-                names.append((op, name.rsplit(".", 1)[-1]))
+        for name, body in bodies:
+            if body.available(device, dtype) and hasattr(body, op):
+                chosen[op] = getattr(body, op)
+                took.append((op, name))
                 break
-    log.debug("kernel bodies: %s", names)
-    return Ops(**chosen, bodies=tuple(names))  # type: ignore[arg-type]
+    log.debug("kernel bodies: %s", took)
+    return Ops(**chosen, bodies=tuple(took))  # type: ignore[arg-type]
+
+
+def _body(name: str, cpu_isa: str | None) -> Any:
+    """None: there is nothing of it on this machine."""
+    module: Any = importlib.import_module(f"octavo.kernels.{name}")
+    return module.load(cpu_isa) if name == "cpu" else module

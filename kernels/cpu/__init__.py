@@ -1,7 +1,7 @@
 """Native CPU bodies of the ops for float32 and bfloat16 tensors. Contracts: `octavo.kernels.ops`.
 
 Knows tensors, their strides and the C ABI (abi.h). Does not know threads: it passes torch's count on, per call.
-`load` chooses the library once; without one (no compiler at install time) nothing is `available` and `ref` is used.
+`load` chooses the library; without one (no compiler at install time) there is no body and `ref` is used.
 
 Layout asked for: caches [NB, Hkv, BS, D] with contiguous blocks; the last dimension of everything else contiguous.
 query, key, value and x may be slices of a fused projection. What does not fit is copied first.
@@ -10,33 +10,57 @@ query, key, value and x may be slices of a fused projection. What does not fit i
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, get_num_threads
 
-from octavo.kernels.cpu.library import ISAS, open_library, runnable
+from octavo.kernels.cpu.graph import Arena, Graph, Recorder
+from octavo.kernels.cpu.library import ISAS, Op, open_library, runnable
+from octavo.kernels.cpu.pack import Packed, pack
+from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
 
-__all__ = ["Body", "available", "load"]
+__all__ = ["Body", "load"]
 
 # dtype → the C ABI's flag. Another dtype is a KeyError: better than reading its bytes as float32.
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Body:
-    """The ops, bound to one compiled library. `isa` names its instruction set."""
+    """The ops, bound to one compiled library. `isa` names its instruction set.
 
-    def __init__(self, isa: str, library: ctypes.CDLL) -> None:
+    One per engine: between `record`'s begin and end, what is called is noted, whoever calls.
+    """
+
+    def __init__(self, isa: str, library: ctypes.CDLL, functions: Mapping[str, Op]) -> None:
         self.isa = isa
-        self._paged_attention = library.octavo_paged_attention
-        self._write_kv = library.octavo_write_kv
-        self._copy_blocks = library.octavo_copy_blocks
-        self._rms_norm = library.octavo_rms_norm
-        self._add_rms_norm = library.octavo_add_rms_norm
-        self._rotary = library.octavo_rotary
-        self._silu_and_mul = library.octavo_silu_and_mul
-        self._gelu_tanh_and_mul = library.octavo_gelu_tanh_and_mul
+        self._library, self._ops = library, functions
+        self._recorder: Recorder | None = None
+
+    def _call(self, name: str, *arguments: float) -> None:
+        op = self._ops[name]
+        packed = op.pack(*arguments)
+        if self._recorder is not None:
+            self._recorder.add(op, packed)
+        op.call(packed)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype) if self._recorder is None else self._recorder.arena.empty(shape, dtype)
+
+    def record(self, function: Callable[[], Tensor], arena: Arena) -> Graph:
+        """Call `function`, which may use these ops and views alone, and note what it does; see graph.py.
+
+        Raises NotRecordable.
+        """
+        arena.reset()
+        with Recorder(arena) as recorder:
+            self._recorder = recorder
+            try:
+                outputs = function()
+            finally:
+                self._recorder = None
+        return Graph(self._library, recorder.calls, recorder.kept, outputs)
 
     @staticmethod
     def available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -59,8 +83,9 @@ class Body:
         num_tokens, num_heads, head_size = query.shape
         _, num_kv_heads, block_size, _ = key_cache.shape
         tables = batch.block_tables
-        out = torch.empty((num_tokens, num_heads, head_size), dtype=query.dtype)
-        self._paged_attention(
+        out = self._empty((num_tokens, num_heads, head_size), query.dtype)
+        self._call(
+            "paged_attention",
             out.data_ptr(),
             query.data_ptr(),
             key_cache.data_ptr(),
@@ -95,7 +120,8 @@ class Body:
         if last != 1 or value_last != 1:
             return self.write_kv(key.contiguous(), value.contiguous(), key_cache, value_cache, slot_mapping)
         num_tokens, num_kv_heads, head_size = key.shape
-        self._write_kv(
+        self._call(
+            "write_kv",
             key.data_ptr(),
             value.data_ptr(),
             key_cache.data_ptr(),
@@ -120,7 +146,8 @@ class Body:
     def copy_blocks(self, key_cache: Tensor, value_cache: Tensor, pairs: Tensor) -> None:
         pairs = pairs.contiguous()
         size = key_cache.element_size()
-        self._copy_blocks(
+        self._call(
+            "copy_blocks",
             key_cache.data_ptr(),
             value_cache.data_ptr(),
             pairs.data_ptr(),
@@ -141,8 +168,9 @@ class Body:
             outer, inner, outer_stride, inner_stride = x.shape[0], 1, x.stride(0), 0
         else:
             return self.rms_norm(x.contiguous(), weight, eps)
-        out = torch.empty(x.shape, dtype=x.dtype)
-        self._rms_norm(
+        out = self._empty(x.shape, x.dtype)
+        self._call(
+            "rms_norm",
             out.data_ptr(),
             x.data_ptr(),
             weight.data_ptr(),
@@ -164,7 +192,8 @@ class Body:
             total = (x + residual).contiguous()
             return self.rms_norm(total, weight, eps), total
         width = x.shape[-1]
-        self._add_rms_norm(
+        self._call(
+            "add_rms_norm",
             x.data_ptr(),
             residual.data_ptr(),
             weight.data_ptr(),
@@ -185,7 +214,8 @@ class Body:
         key_stride, key_head_stride, key_last = key.stride()
         if last != 1 or key_last != 1:
             return self.rotary(query.contiguous(), key.contiguous(), positions, cos_sin)
-        self._rotary(
+        self._call(
+            "rotary",
             query.data_ptr(),
             key.data_ptr(),
             positions.data_ptr(),
@@ -204,25 +234,73 @@ class Body:
         return query, key
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
-        return self._gated(self._silu_and_mul, x)
+        return self._gated("silu_and_mul", x)
 
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
-        return self._gated(self._gelu_tanh_and_mul, x)
+        return self._gated("gelu_tanh_and_mul", x)
 
-    def _gated(self, function: ctypes._NamedFuncPointer, x: Tensor) -> Tensor:
+    def _gated(self, name: str, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.stride(1) != 1:
             x = x.contiguous()
         width = x.shape[-1] // 2
         rows = x.numel() // (2 * width)
         stride = x.stride(0) if x.dim() == 2 else 2 * width
-        out = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
-        function(out.data_ptr(), x.data_ptr(), rows, stride, width, BF16[x.dtype], get_num_threads())
+        out = self._empty((*x.shape[:-1], width), x.dtype)
+        self._call(name, out.data_ptr(), x.data_ptr(), rows, stride, width, BF16[x.dtype], get_num_threads())
+        return out
+
+    @staticmethod
+    def pack_linear(matrix: Matrix) -> Packed:
+        return pack(matrix)
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        out = self._empty((x.shape[0], weight.outputs), x.dtype)
+        self._call(
+            "linear",
+            out.data_ptr(),
+            x.data_ptr(),
+            weight.data.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.shape[0],
+            weight.inputs,
+            weight.outputs,
+            x.stride(0),
+            weight.outputs,
+            BF16[x.dtype],
+            *weight.layout,
+            get_num_threads(),
+        )
+        return out
+
+    def embedding(self, ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+        out = self._empty((ids.shape[0], weight.inputs), dtype)
+        self._call(
+            "embedding",
+            out.data_ptr(),
+            ids.data_ptr(),
+            ids.shape[0],
+            0,
+            0,
+            weight.data.data_ptr(),
+            0,
+            0,
+            weight.inputs,
+            weight.outputs,
+            0,
+            0,
+            BF16[dtype],
+            *weight.layout,
+            get_num_threads(),
+        )
         return out
 
 
-@lru_cache
 def load(isa: str | None = None) -> Body | None:
-    """The body for `isa` ("avx512", "avx2", "base"), or for the best this CPU runs. None: no library was built.
+    """A body for `isa` (see ISAS), or for the best this CPU runs. None: no library was built.
 
     Raises ValueError if `isa` is named and unknown, or known but cannot run here.
     """
@@ -230,20 +308,7 @@ def load(isa: str | None = None) -> Body | None:
         raise ValueError(f"Unknown CPU instruction set {isa!r}: choose one of {', '.join(ISAS)}.")
     for name, path in runnable().items():
         if isa is None or name == isa:
-            return Body(name, open_library(path))
+            return Body(name, *open_library(path))
     if isa is not None:
         raise ValueError(f"The CPU kernels for {isa} cannot run here: the library is not built or the CPU lacks it.")
     return None
-
-
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the best library of this machine can take such tensors."""
-    return Body.available(device, dtype) and load() is not None
-
-
-def __getattr__(name: str) -> object:
-    """The ops of the best library, so that the module itself is a body."""
-    body = None if name.startswith("_") else load()
-    if body is None or not hasattr(body, name):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(body, name)

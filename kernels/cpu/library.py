@@ -1,6 +1,6 @@
 """Finds and loads the compiled library that fits this CPU.
 
-Knows the instruction sets, the C signatures and where pip leaves the libraries. Does not know tensors' meaning.
+Knows the instruction sets, the structs of arguments and where pip leaves the libraries. Does not know tensors' meaning.
 ctypes releases the GIL while a function of the library runs.
 """
 
@@ -9,7 +9,11 @@ from __future__ import annotations
 import ctypes
 import logging
 import platform
-from ctypes import c_float, c_int, c_int64, c_void_p
+import struct
+from collections.abc import Callable
+from ctypes import c_char_p, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -18,23 +22,37 @@ import torch
 log = logging.getLogger(__name__)
 
 # Best first; with the flags of /proc/cpuinfo that a library needs. The kernel lists only what it lets programs use.
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"})
 ISAS: dict[str, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"}),
+    "avx512_bf16": _AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
+    "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma"}),
     "base": frozenset(),
 }
 
-_P, _I, _F, _N = c_void_p, c_int64, c_float, c_int
-SIGNATURES: dict[str, tuple[type, ...]] = {
-    "paged_attention": (*[_P] * 7, *[_I] * 10, _F, _I, _F, *[_N] * 3),
-    "write_kv": (*[_P] * 5, *[_I] * 10, *[_N] * 3),
-    "copy_blocks": (*[_P] * 3, *[_I] * 4, _N),
-    "rms_norm": (*[_P] * 3, *[_I] * 5, _F, *[_N] * 3),
-    "add_rms_norm": (*[_P] * 3, *[_I] * 4, _F, *[_N] * 3),
-    "rotary": (*[_P] * 4, *[_I] * 8, *[_N] * 2),
-    "silu_and_mul": (*[_P] * 2, *[_I] * 3, *[_N] * 2),
-    "gelu_tanh_and_mul": (*[_P] * 2, *[_I] * 3, *[_N] * 2),
+# The fields of each op's struct in abi.h, all of 8 bytes: q = pointer or integer, d = double.
+FIELDS: dict[str, str] = {
+    "paged_attention": "7q10qdqd3q",
+    "write_kv": "5q13q",
+    "copy_blocks": "3q5q",
+    "rms_norm": "3q5qd3q",
+    "add_rms_norm": "3q4qd3q",
+    "rotary": "4q10q",
+    "silu_and_mul": "2q5q",
+    "gelu_tanh_and_mul": "2q5q",
+    "linear": "4q13q",
+    "embedding": "3q17q",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One function of a library. call: with the packed arguments, whose bytes it reads until it returns."""
+
+    pack: Callable[..., bytes]
+    call: Callable[[bytes], None]
+    address: int
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -59,15 +77,20 @@ def runnable(folder: Path = Path(__file__).parent) -> dict[str, Path]:
     return found
 
 
-def open_library(path: Path) -> ctypes.CDLL:
-    """Load a library, declare its functions' arguments and lend it torch's threads."""
+@lru_cache
+def open_library(path: Path) -> tuple[ctypes.CDLL, dict[str, Op]]:
+    """Load a library, declare its functions and lend it torch's threads."""
     library = ctypes.CDLL(str(path))
-    for name, arguments in SIGNATURES.items():
+    ops = {}
+    for name, fields in FIELDS.items():
         function = getattr(library, f"octavo_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = (c_char_p,), None
+        address = ctypes.cast(function, c_void_p).value or 0
+        ops[name] = Op(struct.Struct(f"={fields}").pack, function, address)
     library.octavo_set_fork.argtypes, library.octavo_set_fork.restype = (c_void_p,), None
     library.octavo_set_fork(_torch_fork())
-    return library
+    library.octavo_replay.argtypes, library.octavo_replay.restype = (c_void_p, c_int64), None
+    return library, ops
 
 
 def _torch_fork() -> int | None:

@@ -5,6 +5,7 @@ import torch
 from octavo.kernels.ref.activation import gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.ref.attention import paged_attention
 from octavo.kernels.ref.cache import copy_blocks, write_kv
+from octavo.kernels.ref.linear import embedding, linear, pack_linear
 from octavo.kernels.ref.norm import add_rms_norm, rms_norm
 from octavo.kernels.ref.rotary import rotary
 
@@ -12,7 +13,10 @@ __all__ = [
     "add_rms_norm",
     "available",
     "copy_blocks",
+    "embedding",
     "gelu_tanh_and_mul",
+    "linear",
+    "pack_linear",
     "paged_attention",
     "rms_norm",
     "rotary",
