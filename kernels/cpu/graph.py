@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from octavo.kernels.cpu.library import Op
 
@@ -61,7 +61,8 @@ class Arena:
             raise NotRecordable(f"a forward needs more than {len(self._memory) >> 20} MiB of memory")
         array = self._memory[start : start + size]
         weakref.finalize(array, self._give_back, self._generation, start, size)
-        return torch.from_numpy(array).view(dtype)[: int(np.prod(shape))].view(shape)
+        with _disable_current_modes():  # a recorder would take this for a computation
+            return torch.from_numpy(array).view(dtype)[: int(np.prod(shape))].view(shape)
 
     def _give_back(self, generation: object, start: int, size: int) -> None:
         if generation is not self._generation:

@@ -70,12 +70,16 @@ struct Tile {
     int32_t* sums;
 };
 
+// To the nearest, ties to even. Not by adding 1.5 * 2^23: the compiler would merge that sum with a product before it.
 inline vi round_to_int(vf x) {
 #if defined(__AVX512F__)
     return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)x);
 #else
-    const float magic = 12582912.f;  // 1.5 * 2^23: the nearest integer in the low bits, ties to even
-    return (vi)(x + magic) - (vi)splat(magic);
+    vi q;
+    for (int l = 0; l < W; l++) q[l] = (int32_t)__builtin_nearbyintf(x[l]);
+    return q;
 #endif
 }
 

@@ -25,7 +25,7 @@ def round_to_int8(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """x [T, K] as multiples of a scale per row and group of the weight: [T, K] float32. Not finite stays not finite."""
     groups = x.float().unflatten(1, (-1, weight.group_size))
     top = groups.abs().amax(dim=2, keepdim=True)
-    inverse = 127 / top
+    inverse = torch.full_like(top, 127) / top  # not 127 / top, which is 127 * (1 / top)
     rounds = inverse.isfinite()
     values = (groups * torch.where(rounds, inverse, 0)).round() * torch.where(rounds, top / 127, 0)
     return torch.where(top.isfinite(), values, torch.nan).flatten(1)
