@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -110,9 +110,9 @@ class GatedActivation(Protocol):
 
 
 class PackLinear(Protocol):
-    def __call__(self, matrix: Matrix) -> Packed:
-        """A copy of a weight in the layout that `linear` and `embedding` of the same body read. `matrix.inputs` is not
-        looked at: who calls `linear` brings x into that order."""
+    def __call__(self, matrices: Sequence[Matrix]) -> Packed:
+        """A copy of a weight, the outputs of all matrices one after the other, in the layout that `linear` and
+        `embedding` of the same body read. The matrices agree in their inputs and may differ in all else."""
 
 
 class Linear(Protocol):
@@ -127,7 +127,7 @@ class Linear(Protocol):
 
 class Embedding(Protocol):
     def __call__(self, ids: torch.Tensor, weight: Packed, dtype: torch.dtype) -> torch.Tensor:
-        """Outputs ids [T] int64 of a weight [N, K], as numbers: [T, K] in dtype."""
+        """Outputs ids [T] int64 of a weight [N, K] of a single matrix, as numbers: [T, K] in dtype."""
 
 
 class Graph(Protocol):

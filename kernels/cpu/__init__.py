@@ -10,14 +10,14 @@ query, key, value and x may be slices of a fused projection. What does not fit i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, get_num_threads
 
 from octavo.kernels.cpu.graph import Arena, Graph, Recorder
 from octavo.kernels.cpu.library import ISAS, Op, open_library, runnable
-from octavo.kernels.cpu.pack import Packed, pack
+from octavo.kernels.cpu.pack import PackedLinear, pack
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
 
@@ -250,33 +250,39 @@ class Body:
         return out
 
     @staticmethod
-    def pack_linear(matrix: Matrix) -> Packed:
-        return pack(matrix)
+    def pack_linear(matrices: Sequence[Matrix]) -> PackedLinear:
+        return PackedLinear(tuple(pack(matrix) for matrix in matrices))
 
-    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
         if x.stride(1) != 1:
             x = x.contiguous()
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        out = self._empty((x.shape[0], weight.outputs), x.dtype)
-        self._call(
-            "linear",
-            out.data_ptr(),
-            x.data_ptr(),
-            weight.data.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            x.shape[0],
-            weight.inputs,
-            weight.outputs,
-            x.stride(0),
-            weight.outputs,
-            BF16[x.dtype],
-            *weight.layout,
-            get_num_threads(),
-        )
+        outputs, size = weight.outputs, x.element_size()
+        out = self._empty((x.shape[0], outputs), x.dtype)
+        first = 0
+        for section in weight.sections:
+            ordered = x if section.order is None else x[:, section.order]
+            self._call(
+                "linear",
+                out.data_ptr() + first * size,
+                ordered.data_ptr(),
+                section.data.data_ptr(),
+                0 if bias is None else bias.data_ptr() + first * size,
+                x.shape[0],
+                section.inputs,
+                section.outputs,
+                ordered.stride(0),
+                outputs,
+                BF16[x.dtype],
+                *section.layout,
+                get_num_threads(),
+            )
+            first += section.outputs
         return out
 
-    def embedding(self, ids: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
+    def embedding(self, ids: Tensor, weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+        (section,) = weight.sections
         out = self._empty((ids.shape[0], weight.inputs), dtype)
         self._call(
             "embedding",
@@ -285,15 +291,15 @@ class Body:
             ids.shape[0],
             0,
             0,
-            weight.data.data_ptr(),
+            section.data.data_ptr(),
             0,
             0,
-            weight.inputs,
-            weight.outputs,
+            section.inputs,
+            section.outputs,
             0,
             0,
             BF16[dtype],
-            *weight.layout,
+            *section.layout,
             get_num_threads(),
         )
         return out

@@ -23,8 +23,30 @@ CODES = {8: 3, 4: 4}
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """A Matrix [outputs, inputs] as linear.h reads it. data: uint8. group_size: with its padding."""
+class PackedLinear:
+    """A weight whose outputs are those of its sections, one after the other: each in a number format of its own."""
+
+    sections: tuple[Section, ...]
+
+    @property
+    def outputs(self) -> int:
+        return sum(section.outputs for section in self.sections)
+
+    @property
+    def inputs(self) -> int:
+        return self.sections[0].inputs
+
+    @property
+    def nbytes(self) -> int:
+        return sum(section.data.nbytes for section in self.sections)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A Matrix [outputs, inputs] as linear.h reads it. data: uint8. group_size: with its padding.
+
+    order: [inputs] int64, the input that comes to each place; None = as they are.
+    """
 
     data: Tensor
     outputs: int
@@ -35,10 +57,7 @@ class Packed:
     scales_half: bool = False
     has_mins: bool = False
     zero: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
+    order: Tensor | None = None
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -46,14 +65,14 @@ class Packed:
         return self.form, self.group_size, self.groups, self.scales_half, self.has_mins, self.zero
 
 
-def pack(matrix: Matrix) -> Packed:
-    """A copy in the native layout. float16 numbers become float32. `matrix.inputs` is the caller's to honour."""
+def pack(matrix: Matrix) -> Section:
+    """A copy in the native layout. float16 numbers become float32."""
     values = matrix.values.float() if matrix.values.dtype == torch.float16 else matrix.values
     outputs, inputs = values.shape
     if matrix.scales is None:
         step = 2 if values.dtype == torch.bfloat16 else 1
         panels = _panels(_padded(values, 2), step)
-        return Packed(_bytes(panels), outputs, inputs, FORMS[values.dtype])
+        return Section(_bytes(panels), outputs, inputs, FORMS[values.dtype])
     groups = matrix.scales.shape[1]
     size = -(-matrix.group_size // 4) * 4
     assert size == matrix.group_size or groups == 1, "groups are whole steps of 4 inputs"
@@ -65,7 +84,7 @@ def pack(matrix: Matrix) -> Packed:
     if form == CODES[4]:
         codes = codes[..., :16, :] | (codes[..., 16:, :] << 4)
     heads = [_scale_panels(part) for part in (matrix.scales, matrix.mins) if part is not None]
-    return Packed(
+    return Section(
         torch.cat([*heads, codes.flatten(2)], dim=2).flatten(),
         outputs,
         inputs,
@@ -75,6 +94,7 @@ def pack(matrix: Matrix) -> Packed:
         matrix.scales.dtype == torch.float16,
         matrix.mins is not None,
         matrix.zero,
+        matrix.inputs,
     )
 
 

@@ -42,7 +42,21 @@ inline vf splat(float x) { return vf{x, x, x, x}; }
 #endif
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
+// a * b + c: rounded once where the instruction set can. Said so, and not left to the compiler, where several loops must
+// come to the same bits.
+#if defined(__AVX512F__)
+inline vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+inline vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline vf fused(vf a, vf b, vf c) { return a * b + c; }
+#endif
+
+#if defined(__AVX512F__)
+inline vf widen(vh x) { return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)x) << 16); }  // GCC converts in halves
+#else
 inline vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+#endif
 
 // To the nearest, ties to even, as torch rounds; NaN stays NaN.
 inline vh narrow(vf x) {
@@ -62,6 +76,15 @@ inline vf load(const bf16* p) {
     memcpy(&x, p, sizeof x);
     return widen(x);
 }
+#if defined(__AVX512F__)
+inline vf load(const int8_t* p) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+#else
+inline vf load(const int8_t* p) {
+    int8_t lanes __attribute__((vector_size(W)));
+    memcpy(&lanes, p, sizeof lanes);
+    return __builtin_convertvector(__builtin_convertvector(lanes, vi), vf);
+}
+#endif
 inline void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
 inline void store(bf16* p, vf x) {
     vh h = narrow(x);
@@ -72,6 +95,10 @@ inline void store(bf16* p, vf x) {
 #if defined(__AVX512F__)
 inline vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 inline vf load(const bf16* p, int n) { return widen((vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)); }
+inline vf load(const int8_t* p, int n) {
+    __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)((1u << n) - 1), p);
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
 inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x); }
 inline void store(bf16* p, vf x, int n) {
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(x));
@@ -125,6 +152,18 @@ inline vf zip_high(vf a, vf b) {
 #endif
 }
 #undef OCTAVO_SHUFFLE
+
+// Lane i of x[j] changes places with lane j of x[i]. Each step moves a bit of the place's row number to its column.
+inline void transpose(vf (&x)[W]) {
+    for (int step = 1; step < W; step *= 2) {
+        vf y[W];
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = zip_low(x[i], x[i + W / 2]);
+            y[2 * i + 1] = zip_high(x[i], x[i + W / 2]);
+        }
+        for (int i = 0; i < W; i++) x[i] = y[i];
+    }
+}
 
 // Lane i of the result is the sum of the lanes of x[i]. Halving the number of vectors W times log2 W costs about 3
 // operations per sum, a sum on its own about 8. Overwrites x.

@@ -8,6 +8,7 @@ depend on the other rows or on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,11 +75,11 @@ def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_linear(body: cpu.Body, form: str, dtype: torch.dtype) -> None:
     for rows, outputs, inputs in SHAPES:
         matrix = FORMS[form](outputs, inputs)
-        packed = body.pack_linear(matrix)
+        packed = body.pack_linear([matrix])
         x = torch.randn(rows, inputs + 8).to(dtype)[:, :inputs]
         bias = torch.randn(outputs).to(dtype) if rows % 2 else None
         actual = body.linear(x, packed, bias)
-        check(actual, ref.linear(x, matrix, bias))
+        check(actual, ref.linear(x, (matrix,), bias))
         one_by_one = torch.cat([body.linear(x[i : i + 1], packed, bias) for i in range(rows)])
         assert torch.equal(actual, one_by_one), "a row depends on the others"
         torch.set_num_threads(1)
@@ -91,26 +92,26 @@ def test_inputs_that_do_not_fill_a_step(body: cpu.Body, form: str) -> None:
     for inputs in (1, 3, 31, 77):
         matrix = FORMS[form](40, inputs)
         x = torch.randn(5, inputs)
-        check(body.linear(x, body.pack_linear(matrix)), ref.linear(x, matrix))
+        check(body.linear(x, body.pack_linear([matrix])), ref.linear(x, (matrix,)))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_long_prompt_is_laid_out_in_parts(body: cpu.Body, form: str) -> None:
     matrix = FORMS[form](64, 1536)
-    packed = body.pack_linear(matrix)
+    packed = body.pack_linear([matrix])
     x = torch.randn(700, 1536)
     actual = body.linear(x, packed)
-    check(actual, ref.linear(x, matrix))
+    check(actual, ref.linear(x, (matrix,)))
     assert torch.equal(actual[650:660], body.linear(x[650:660], packed))
 
 
 def test_no_rows(body: cpu.Body) -> None:
-    assert body.linear(torch.randn(0, 64), body.pack_linear(FORMS["Q4_1"](32, 64))).shape == (0, 32)
+    assert body.linear(torch.randn(0, 64), body.pack_linear([FORMS["Q4_1"](32, 64)])).shape == (0, 32)
 
 
 @pytest.mark.parametrize("form", ["float32", "float8", "8 bits per output", "Q4_1"])
 def test_rows_that_are_zero_tiny_or_not_finite_keep_to_themselves(body: cpu.Body, form: str) -> None:
-    packed = body.pack_linear(FORMS[form](64, 64))
+    packed = body.pack_linear([FORMS[form](64, 64)])
     x = torch.randn(6, 64)
     x[0], x[1], x[2, 5], x[3, 63] = 0, 1e-42, float("nan"), float("inf")
     actual = body.linear(x, packed)
@@ -126,20 +127,38 @@ def test_rows_that_are_zero_tiny_or_not_finite_keep_to_themselves(body: cpu.Body
 def test_embedding_is_the_dequantized_output(body: cpu.Body, form: str, dtype: torch.dtype) -> None:
     matrix = FORMS[form](77, 96)
     ids = torch.randint(0, 77, (40,))
-    actual, expected = body.embedding(ids, body.pack_linear(matrix), dtype), ref.embedding(ids, matrix, dtype)
+    actual, expected = body.embedding(ids, body.pack_linear([matrix]), dtype), ref.embedding(ids, (matrix,), dtype)
     torch.testing.assert_close(actual, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-7)
-    assert body.embedding(ids[:0], body.pack_linear(matrix), dtype).shape == (0, 96)
+    assert body.embedding(ids[:0], body.pack_linear([matrix]), dtype).shape == (0, 96)
+
+
+def test_outputs_of_several_matrices_come_one_after_the_other(body: cpu.Body) -> None:
+    parts = [FORMS["Q4_1"](64, 96), FORMS["Q6_K"](33, 96), FORMS["bfloat16"](5, 96)]
+    x, bias = torch.randn(3, 96), torch.randn(102)
+    actual = body.linear(x, body.pack_linear(parts), bias)
+    check(actual, ref.linear(x, tuple(parts), bias))
+    apart = [body.linear(x, body.pack_linear([part])) for part in parts]
+    assert torch.equal(body.linear(x, body.pack_linear(parts)), torch.cat(apart, dim=1))
 
 
 def test_joined_matrices_give_the_outputs_of_each(body: cpu.Body) -> None:
     parts = [FORMS["Q4_1"](n, 96) for n in (64, 33, 5)]
     x = torch.randn(3, 96)
-    apart = torch.cat([body.linear(x, body.pack_linear(part)) for part in parts], dim=1)
-    assert torch.equal(body.linear(x, body.pack_linear(join(parts))), apart)
+    assert torch.equal(body.linear(x, body.pack_linear([join(parts)])), body.linear(x, body.pack_linear(parts)))
+
+
+def test_reordered_inputs(body: cpu.Body) -> None:
+    order = torch.randperm(96)
+    parts = [replace(FORMS["Q4_1"](40, 96), inputs=order), FORMS["Q4_1"](24, 96)]
+    x = torch.randn(5, 96)
+    actual = body.linear(x, body.pack_linear(parts))
+    check(actual, ref.linear(x, tuple(parts)))
+    exact = torch.cat([x @ part.dequantize().T for part in parts], dim=1)
+    assert ((actual - exact).norm() / exact.norm()) < 0.01
 
 
 def test_a_graph_repeats_what_was_recorded(body: cpu.Body) -> None:
-    first, second = body.pack_linear(FORMS["Q4_1"](128, 96)), body.pack_linear(FORMS["bfloat16"](96, 64))
+    first, second = body.pack_linear([FORMS["Q4_1"](128, 96)]), body.pack_linear([FORMS["bfloat16"](96, 64)])
     norm = torch.rand(96)
     x = torch.randn(3, 96)
 
