@@ -233,6 +233,8 @@ def _compressed_group(name: str, group: Mapping[str, Any], layout: Any) -> Weigh
     reordered = order in (True, "group", "dynamic")  # the others leave the groups where they are
     zero_point = not weights.get("symmetric", True)
     if layout == "pack-quantized":
+        if strategy == "tensor":  # its zero point is not packed
+            _only(where, "weights of strategy tensor with symmetric", not zero_point, (True,))
         return Packed(bits, group_size, zero_point, reordered)
     _only(where, "actorder in this format", reordered, (False,))
     return Ints(bits, group_size, zero_point)

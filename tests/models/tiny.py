@@ -104,17 +104,18 @@ LENGTH_DEPENDENT = ("llama-dynamic", "phi3-longrope")
 FAMILIES = tuple(name for name in CASES if name not in LENGTH_DEPENDENT)
 
 
-def config(name: str) -> PretrainedConfig:
+def config(name: str, **sizes: int) -> PretrainedConfig:
+    """sizes: config fields that replace the case's."""
     kind, more = CASES[name]
     shape = SPECIAL if kind == "GPT2Config" else SHAPE if kind != "OPTConfig" else {}
-    return getattr(transformers, kind)(**(shape | more))
+    return getattr(transformers, kind)(**(shape | more | sizes))
 
 
-def model(name: str) -> PreTrainedModel:
-    """The transformers model of a case in float32, the same weights every time."""
+def model(name: str, **sizes: int) -> PreTrainedModel:
+    """The transformers model of a case in float32, the same weights every time. sizes: as `config` has them."""
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(name.encode()))
-        made = transformers.AutoModelForCausalLM.from_config(config(name), attn_implementation="eager").eval()
+        made = transformers.AutoModelForCausalLM.from_config(config(name, **sizes), attn_implementation="eager").eval()
         gemma = "gemma" in name
         with torch.no_grad():
             for path, parameter in made.named_parameters():

@@ -91,6 +91,7 @@ def test_formats(config: dict[str, Any], expected: object) -> None:
         (FP8_CONFIG | {"weight_block_size": [128]}, r"weight_block_size \[128\]; supported are two multiples of 32"),
         (compressed("marlin-24", W4A16), r"compressed-tensors \(group_0\) quantization has format 'marlin-24'"),
         (compressed("pack-quantized", W4A16 | {"num_bits": 3}), "int weights of num_bits 3; supported is 4 or 8"),
+        (compressed("pack-quantized", W8A8 | {"strategy": "tensor", "symmetric": False}), "with symmetric False"),
         (compressed("pack-quantized", FLOAT8), "float weights in format 'pack-quantized'"),
         (compressed("float-quantized", W8A8), "int weights in format 'float-quantized'"),
         (compressed("float-quantized", FLOAT8 | {"num_bits": 4}), "float weights of num_bits 4"),

@@ -5,7 +5,7 @@ The names come from gguf's own table, so both directions are not ours.
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.loader.checkpoint import GenerationDefaults, open_checkpoint
 from octavo.engine.loader.gguf import GGUFCheckpoint
 from octavo.engine.loader.source import ModelSource
 from octavo.kernels.matrix import Matrix
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gguf_writer import as_converter_stores, write_gguf, write_metadata
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -108,103 +111,6 @@ def make_model(case: Case) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     return model
-
-
-def write_gguf(path: Path, arch: MODEL_ARCH, model: Any, kind: GGMLQuantizationType = GGMLQuantizationType.F32) -> None:
-    """What convert_hf_to_gguf.py makes of the model; matrices in `kind`."""
-    config = model.config
-    writer = GGUFWriter(path, _name(arch))
-    _write_metadata(writer, arch, config)
-    names = get_tensor_name_map(arch, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, name
-        data = _as_converter_stores(arch, name, tensor, config).contiguous().numpy()
-        if data.ndim == 2 and kind != GGMLQuantizationType.F32:
-            writer.add_tensor(gguf_name, quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(gguf_name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _name(arch: MODEL_ARCH) -> str:
-    from gguf import MODEL_ARCH_NAMES
-
-    return MODEL_ARCH_NAMES[arch]
-
-
-def _as_converter_stores(arch: MODEL_ARCH, name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
-    if arch == MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-        half = tensor.shape[0] // heads // 2
-        return tensor.reshape(heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-    if arch in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3) and name.endswith("norm.weight"):
-        return tensor + 1
-    if arch == MODEL_ARCH.GPT2 and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-        return tensor.t()
-    return tensor
-
-
-def _write_metadata(writer: GGUFWriter, arch: MODEL_ARCH, config: Any) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_array("tokenizer.ggml.merges", ["a b"] * 10)
-    if arch == MODEL_ARCH.GPT2:
-        writer.add_feed_forward_length(4 * config.hidden_size)
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-        return
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim * config.num_attention_heads != config.hidden_size:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
-    if arch == MODEL_ARCH.GEMMA2:
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    _write_rope(writer, rope, head_dim, config)
-
-
-def _write_rope(writer: GGUFWriter, rope: dict[str, Any], head_dim: int, config: Any) -> None:
-    from gguf import RopeScalingType
-
-    if rope["rope_type"] == "llama3":
-        divisors = []
-        for i in range(head_dim // 2):
-            wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * i / head_dim)
-            turns = 8192 / wavelength
-            smooth = (turns - 1) / (4 - 1)
-            divisors.append(1.0 if turns > 4 else 8.0 if turns < 1 else 1 / ((1 - smooth) / 8.0 + smooth))
-        writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if rope["rope_type"] == "longrope":
-        original = config.original_max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(original)
-        scale = config.max_position_embeddings / original
-        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
-        writer.add_tensor("rope_factors_long.weight", np.array(rope["long_factor"], dtype=np.float32))
-        writer.add_tensor("rope_factors_short.weight", np.array(rope["short_factor"], dtype=np.float32))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -458,10 +364,10 @@ def test_split_file(tmp_path: Path) -> None:
 def _split(model: Any, first: Path, second: Path) -> None:
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, 2)
     writers = [GGUFWriter(path, "llama") for path in (first, second)]
-    _write_metadata(writers[0], MODEL_ARCH.LLAMA, model.config)
+    write_metadata(writers[0], MODEL_ARCH.LLAMA, model.config)
     for i, (name, tensor) in enumerate(model.state_dict().items()):
         if name != "lm_head.weight":
-            data = _as_converter_stores(MODEL_ARCH.LLAMA, name, tensor, model.config).contiguous().numpy()
+            data = as_converter_stores(MODEL_ARCH.LLAMA, name, tensor, model.config).contiguous().numpy()
             writers[i % 2].add_tensor(names.get_name(name, try_suffixes=(".weight",)), data)
     for writer in writers:
         writer.write_header_to_file()
