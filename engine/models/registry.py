@@ -31,14 +31,10 @@ MODELS: dict[str, str] = {
 def build_model(hf_config: Any, ctx: BuildContext) -> CausalLM:
     """The model of a Hugging Face config, its weights still zeros (see `octavo.engine.loader.assign`).
 
-    Raises ConfigError for an architecture, a quantization or a setting that is not supported, and for sizes that do
-    not split over the mesh.
+    Raises ConfigError for an architecture or a setting that is not supported, and for sizes that do not split over the
+    mesh.
     """
     module, name = _family(hf_config).split(":")
-    quantization = getattr(hf_config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise ConfigError(f"The checkpoint is quantized ({method}), which is not supported: use an unquantized one.")
     if ctx.max_model_len is None:
         ctx = dataclasses.replace(ctx, max_model_len=max_model_len(hf_config))
     family = getattr(importlib.import_module(f"octavo.engine.models.{module}"), name)

@@ -36,7 +36,6 @@ def test_every_family_has_a_case():
         ("llama", {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported; supported are Gemma2"),
         ("llama", {"architectures": None}, "model type 'llama'"),
         ("llama", {"hidden_act": "relu6"}, "'relu6' is not supported"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized \\(gptq\\)"),
         ("llama", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1.0}}, "rope_type 'axial'"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "lack 'factor'"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' are not supported"),
