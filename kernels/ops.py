@@ -5,7 +5,7 @@ body must match it within the tolerance stated in tests/kernels. The choice is m
 `select`.
 
 Shapes: T tokens of the step (packed), S sequences, NB blocks in the pool, BS slots per block, MB block table width,
-Hq / Hkv heads, D head size, M model width, F FFN width.
+Hq / Hkv heads, D head size, M model width, F FFN width, R rows that are sampled, V vocab.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from octavo.kernels.matrix import Matrix
+from octavo.kernels.sampling import Draws, Logprobs, Peaks
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,33 @@ class Embedding(Protocol):
         """Outputs ids [T] int64 of a weight [N, K] of a single matrix, as numbers: [T, K] in dtype."""
 
 
+class FindPeaks(Protocol):
+    def __call__(self, logits: torch.Tensor) -> Peaks:
+        """The largest of logits [R, V] float32 contiguous, per row and per block."""
+
+
+class Draw(Protocol):
+    def __call__(self, logits: torch.Tensor, peaks: Peaks, draws: Draws) -> torch.Tensor:
+        """[N] int64: a token for each row of `draws`, from logits [R, V] float32 contiguous, whose `peaks` these are.
+
+        The probability of a token is proportional to exp(logit / temperature) among the kept ones. Kept is what min_p,
+        top_k and top_p all keep: a probability of at least min_p times the largest; the top_k most likely; of what
+        these two leave, the fewest most likely ones that together have top_p of it. Tokens that tie at an edge are all
+        kept. The token is the one at `uniform` of the CDF in token order. A row's token depends on its own logits and
+        numbers alone, bit for bit. 0 where a row's top is not finite. On a device without a wait for it.
+        """
+
+
+class TakeLogprobs(Protocol):
+    def __call__(self, logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Logprobs:
+        """Log-softmax of logits [N, V] float32 contiguous at token_ids [N] int64 and at the k most likely tokens,
+        k <= V.
+
+        A token's rank is one plus the number of strictly greater logits. Among equal logits at the edge of the k, any
+        may be among them. Log probabilities that would be NaN (a broken model's) become -inf.
+        """
+
+
 class Graph(Protocol):
     """A forward that was recorded (a body's `record`)."""
 
@@ -152,6 +180,9 @@ class Ops:
     pack_linear: PackLinear
     linear: Linear
     embedding: Embedding
+    find_peaks: FindPeaks
+    draw: Draw
+    take_logprobs: TakeLogprobs
     bodies: tuple[tuple[str, str], ...] = ()  # (op, body) as chosen, for the start-up table
 
 

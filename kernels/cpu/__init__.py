@@ -20,6 +20,7 @@ from octavo.kernels.cpu.library import ISAS, Op, open_library, runnable
 from octavo.kernels.cpu.pack import PackedLinear, pack
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Peaks
 
 __all__ = ["Body", "load"]
 
@@ -303,6 +304,70 @@ class Body:
             get_num_threads(),
         )
         return out
+
+    def find_peaks(self, logits: Tensor) -> Peaks:
+        rows, vocab = logits.shape
+        maxima = self._empty((rows, -(-vocab // BLOCK)), torch.float32)
+        top = self._empty((rows,), torch.float32)
+        token_ids = self._empty((rows,), torch.int64)
+        self._call(
+            "find_peaks",
+            _float32(logits),
+            maxima.data_ptr(),
+            top.data_ptr(),
+            token_ids.data_ptr(),
+            rows,
+            vocab,
+            get_num_threads(),
+        )
+        return Peaks(maxima, top, token_ids)
+
+    def draw(self, logits: Tensor, peaks: Peaks, draws: Draws) -> Tensor:
+        token_ids = self._empty((len(draws.rows),), torch.int64)
+        self._call(
+            "draw",
+            _float32(logits),
+            peaks.maxima.data_ptr(),
+            peaks.top.data_ptr(),
+            draws.rows.ctypes.data,
+            draws.top_k.ctypes.data,
+            draws.temperature.ctypes.data,
+            draws.top_p.ctypes.data,
+            draws.min_p.ctypes.data,
+            draws.uniforms.ctypes.data,
+            token_ids.data_ptr(),
+            len(draws.rows),
+            logits.shape[1],
+            get_num_threads(),
+        )
+        return token_ids
+
+    def take_logprobs(self, logits: Tensor, token_ids: Tensor, k: int) -> Logprobs:
+        rows, vocab = logits.shape
+        token_ids = token_ids.contiguous()
+        own, ranks = self._empty((rows,), torch.float32), self._empty((rows,), torch.int64)
+        ids, values = self._empty((rows, k), torch.int64), self._empty((rows, k), torch.float32)
+        self._call(
+            "take_logprobs",
+            _float32(logits),
+            token_ids.data_ptr(),
+            own.data_ptr(),
+            ranks.data_ptr(),
+            ids.data_ptr(),
+            values.data_ptr(),
+            rows,
+            vocab,
+            k,
+            get_num_threads(),
+        )
+        return Logprobs(token_ids, own, ranks, ids, values)
+
+
+def _float32(logits: Tensor) -> int:
+    """The address of logits as the sampling ops ask for them."""
+    if logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(f"Logits must be contiguous float32, got {logits.dtype} with strides {logits.stride()}.")
+    return logits.data_ptr()
 
 
 def load(isa: str | None = None) -> Body | None:

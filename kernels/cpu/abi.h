@@ -9,6 +9,7 @@
 #include "cache.h"
 #include "linear.h"
 #include "rows.h"
+#include "sampling.h"
 
 #define OCTAVO_API extern "C" __attribute__((visibility("default")))
 
@@ -170,3 +171,7 @@ struct EmbeddingArguments {
     Linear matrix;  // its weight, sizes and form; out and x are not used
 };
 OCTAVO_API void octavo_embedding(const EmbeddingArguments* of) { embedding(of->matrix, of->out, of->ids, of->count); }
+
+OCTAVO_API void octavo_find_peaks(const FindPeaks* of) { find_peaks(*of); }
+OCTAVO_API void octavo_draw(const Draw* of) { draw(*of); }
+OCTAVO_API void octavo_take_logprobs(const TakeLogprobs* of) { take_logprobs(*of); }

@@ -43,6 +43,9 @@ FIELDS: dict[str, str] = {
     "gelu_tanh_and_mul": "2q5q",
     "linear": "4q13q",
     "embedding": "3q17q",
+    "find_peaks": "4q3q",
+    "draw": "10q3q",
+    "take_logprobs": "6q4q",
 }
 
 

@@ -8,12 +8,15 @@ from octavo.kernels.ref.cache import copy_blocks, write_kv
 from octavo.kernels.ref.linear import embedding, linear, pack_linear
 from octavo.kernels.ref.norm import add_rms_norm, rms_norm
 from octavo.kernels.ref.rotary import rotary
+from octavo.kernels.ref.sampling import draw, find_peaks, take_logprobs
 
 __all__ = [
     "add_rms_norm",
     "available",
     "copy_blocks",
+    "draw",
     "embedding",
+    "find_peaks",
     "gelu_tanh_and_mul",
     "linear",
     "pack_linear",
@@ -21,6 +24,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "silu_and_mul",
+    "take_logprobs",
     "write_kv",
 ]
 

@@ -1,0 +1,76 @@
+"""What the sampling ops take and give. Signatures: `octavo.kernels.ops`; definition: `octavo.kernels.ref.sampling`.
+
+Knows tensors and per-row numbers. Does not know slots, penalties, masks or where a uniform comes from.
+
+A vocabulary is handled in blocks of BLOCK tokens, the last one shorter: NB blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+BLOCK = 64
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """The largest logits of R rows.
+
+    maxima: [R, NB] float32, of each block. top: [R] float32, of the row. Both NaN where they span one.
+    token_ids: [R] int64, the lowest id that has `top`; 0 where that is not finite.
+    """
+
+    maxima: torch.Tensor
+    top: torch.Tensor
+    token_ids: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How N rows of a step are drawn. Host arrays [N], contiguous.
+
+    rows: their places in the batch. temperature: above 0. top_k: at least 1; the vocabulary size or more = all. top_p:
+    in (0, 1]. min_p: in [0, 1]. uniforms: in (0, 1).
+    """
+
+    rows: Ints
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    min_p: Floats
+    uniforms: Floats
+
+    def pick(self, which: npt.NDArray[np.bool_] | Ints) -> Draws:
+        return Draws(
+            self.rows[which],
+            self.temperature[which],
+            self.top_k[which],
+            self.top_p[which],
+            self.min_p[which],
+            self.uniforms[which],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of N tokens, on the device of the logits. own: [N] float32, the tokens' own log probabilities; ranks: [N] int64,
+    1 = most likely.
+
+    ids: [N, K] int64 and values: [N, K] float32, the K most likely tokens, descending.
+    """
+
+    token_ids: torch.Tensor
+    own: torch.Tensor
+    ranks: torch.Tensor
+    ids: torch.Tensor
+    values: torch.Tensor
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return self.token_ids, self.own, self.ranks, self.ids, self.values
