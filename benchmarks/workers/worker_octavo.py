@@ -1,4 +1,4 @@
-"""octavo's engine as a peer: LLM.generate, float32, prefix caching off.
+"""octavo's engine as a peer: LLM.generate, computing in float32, prefix caching off, 1 GiB of KV as vllm has.
 
 The argument, if there is one, is a JSON object of further EngineConfig fields.
 """
@@ -20,6 +20,7 @@ def load(model: str, max_rows: int) -> Loaded:
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": max(max_rows, 8),
         "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 2**30,
         **json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}"),
     }
     llm = LLM(model, **options)

@@ -39,10 +39,11 @@ def test_best_of_takes_each_figure_by_itself():
     assert best_of(MACHINE, other) == Machine(100.0, 11.0, 12.0, 2)
 
 
-def test_the_machine_can_be_measured(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_machine_can_be_measured(monkeypatch, dtype):
     monkeypatch.setattr("floor.ARRAY_BYTES", 2**20)
     monkeypatch.setattr("floor.MATMULS", ((64, 64, 64),))
-    machine = measure_machine(0.06)
+    machine = measure_machine(0.06, dtype)
     assert machine.gflops > 0.01
     assert machine.read_gbps > 0.01
     assert machine.copy_gbps > 0.01

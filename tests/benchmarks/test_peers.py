@@ -1,42 +1,41 @@
-"""Ratios, agreement and how peers are started; no engine runs."""
+"""How peers are started, what the machine allows them, and their tables; no engine runs."""
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
 import pytest
-from peers import Measured, agreement, engine, least, pythons, ratio, rotated, speeds
-from venvs import make_venv
+from comparison import GOALS, Measured, Work, verdicts
+from floor import Machine, ModelShape
+from peers import floors, pairs, rotated, show_agreement, show_goals, show_ratios, show_speeds, speeds
+from variants import VARIANTS, pythons, start
+from venvs import RECIPES, make_venv
 
-
-def measured(seconds, token_ids=()):
-    return Measured({}, "", 0.0, {2: list(seconds)}, {2: [list(ids) for ids in token_ids]})
-
-
-def test_speed_is_the_median_round():
-    assert speeds(measured([1.0, 4.0, 2.0]), 2, output_len=10) == 10.0
-    assert speeds(measured([]), 2, output_len=10) is None
-
-
-def test_ratio_is_the_median_of_the_rounds_own_ratios():
-    ours, theirs = measured([1.0, 2.0, 4.0]), measured([3.0, 2.0, 8.0])
-    assert ratio(ours, theirs, 2) == 2.0
-    assert ratio(ours, measured([]), 2) is None
-    assert least([2.0, None, 1.5]) == 1.5
-    assert least([None]) is None
-
-
-def test_agreement():
-    ours = [list(range(20)), list(range(20)), list(range(20))]
-    theirs = [list(range(20)), [*range(16), 99, 17, 18, 19], [0, 99, *range(2, 20)]]
-    same, length = agreement(ours, theirs)
-    assert same == pytest.approx(2 / 3)
-    assert length == pytest.approx((20 + 16 + 1) / 3)
-    assert agreement([[1, 2]], [[1, 2]]) == (1.0, 2.0)
+MACHINE = Machine(gflops=100.0, read_gbps=10.0, copy_gbps=12.0, threads=2)
+ARGS = argparse.Namespace(model="m", n=[1, 8, 32], split_n=[1], rounds=2, input_len=128, output_len=64)
 
 
 def test_the_first_engine_changes_from_round_to_round():
     assert [rotated(["a", "b", "c"], i)[0] for i in range(4)] == ["a", "b", "c", "a"]
     assert rotated([], 3) == []
+
+
+def test_every_goal_names_variants_and_every_peer_has_a_recipe_and_a_worker():
+    for goal in GOALS:
+        assert {goal.ours, *goal.peers} <= set(VARIANTS)
+    for name, variant in VARIANTS.items():
+        begin = start(variant, Path("python"), 1, {})
+        assert Path(begin.command[1]).exists(), name
+        assert variant.engine == "octavo" or variant.engine in RECIPES
+
+
+def test_octavo_gets_its_variants_options_and_those_of_the_command_line():
+    begin = start(VARIANTS["octavo-int8"], Path("python"), 3, {"block_size": 32})
+    assert json.loads(begin.command[-1]) == {"quantization": "int8", "block_size": 32}
+    assert begin.environment["OMP_NUM_THREADS"] == "3"
+    assert json.loads(start(VARIANTS["octavo-gguf"], Path("python"), 3, {}).command[-1]) == {}
+    assert json.loads(start(VARIANTS["llama"], Path("python"), 3, {}).command[-1]) == {"threads": 3}
 
 
 def test_vllm_at_its_best(tmp_path):
@@ -45,20 +44,51 @@ def test_vllm_at_its_best(tmp_path):
     for path in (python, library):
         path.parent.mkdir(parents=True)
         path.touch()
-    plain = engine("vllm", python, 1, ())
+    plain = start(VARIANTS["vllm"], python, 1, {})
     assert "LD_PRELOAD" not in plain.environment
     assert "VLLM_CPU_OMP_THREADS_BIND" not in plain.environment
-    best = engine("vllm-best-eager", python, 1, ())
+    best = start(VARIANTS["vllm-best-eager"], python, 1, {})
     assert best.environment["LD_PRELOAD"] == str(library)
     assert best.environment["VLLM_CPU_OMP_THREADS_BIND"].isdigit()
     assert best.command[-1] == "--eager"
-    assert engine("vllm-best", python, 1, ()).command[-1] != "--eager"
+    assert start(VARIANTS["vllm-best"], python, 1, {}).command[-1] != "--eager"
 
 
 def test_engines_without_a_venv_are_left_out(tmp_path, capsys):
-    found = pythons(["octavo", "transformers", "vllm", "vllm-best"], tmp_path, install=False)
+    found = pythons(["octavo", "octavo", "transformers", "vllm", "llama"], tmp_path, install=False)
     assert found == {"octavo": Path(sys.executable), "transformers": Path(sys.executable)}
-    assert "left out" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("left out") == 2
+
+
+def test_the_floor_reads_quantized_weights_in_less_time():
+    shapes = {
+        weights: ModelShape(100_000_000, 25_000_000, size, 40_000, 10_000)
+        for weights, size in (("float32", 2.0), ("int8", 1.0))
+    }
+    found = floors(dict.fromkeys(shapes, MACHINE), shapes, Work(128, 64), ARGS)
+    assert list(found["int8"]) == ["n=1", "n=8", "n=32", "prefill n=1", "decode n=1"]
+    read = 125e6 * 2 + 160 * 40_000
+    assert found["float32"]["decode n=1"] == pytest.approx(10e9 / read)
+    assert found["int8"]["decode n=1"] > 1.8 * found["float32"]["decode n=1"]
+    assert found["int8"]["prefill n=1"] == pytest.approx(found["float32"]["prefill n=1"]), "bound by operations"
+
+
+def test_the_tables(capsys):
+    tokens = {n: [[1] * 64] * n for n in ARGS.n}
+    fast = Measured({}, "", 0.0, {1: [1.0, 2.0], 8: [2.0, 2.0], 32: [8.0, 8.0]}, {1: [0.1, 0.2]}, tokens)
+    slow = Measured({}, "", 0.0, {1: [4.0, 4.0], 8: [3.0, 3.0], 32: [8.0, 9.0]}, {1: [0.2, 0.2]}, tokens)
+    results = {"octavo": fast, "octavo-gguf": fast, "transformers": slow, "vllm-best": slow, "llama": slow}
+    assert pairs(results) == [("octavo", "transformers"), ("octavo", "vllm-best"), ("octavo-gguf", "llama")]
+    work = Work(128, 64)
+    assert speeds(fast, work, ARGS)["decode n=1"] == pytest.approx(63 / ((0.9 + 1.8) / 2))
+    floor = {weights: dict.fromkeys(speeds(fast, work, ARGS), 1000.0) for weights in ("float32", "int8", "gguf")}
+    show_speeds(results, floor, work, ARGS)
+    show_ratios(results, ARGS)
+    show_goals(verdicts(results, work))
+    show_agreement(results, ARGS)
+    words = capsys.readouterr().out
+    for line in ("met", "missed", "n=1, prefill", "octavo-gguf ÷ floor", "octavo-gguf and llama, n=32"):
+        assert line in words
 
 
 def test_a_venv_is_made_step_by_step_and_marked_while_unfinished(tmp_path, monkeypatch):
