@@ -7,12 +7,13 @@ KV blocks) or read from the checkpoint (the context length) are not here: `build
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from octavo.engine.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["fcfs", "priority"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8", "gguf", "gptq", "awq", "compressed-tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,9 @@ class EngineConfig:
     async_scheduling: plan step N+1 while N runs.
     seed: of dummy weights. A request without a seed of its own gets a random one.
     load_format dummy: random weights, no checkpoint is read beyond its config.
+    quantization: auto = as the checkpoint is; none = floats, whatever the checkpoint is; int8, int4, fp8 = made of any
+        checkpoint while loading; the name of a checkpoint's own format asks for just that.
+    quantize_lm_head: false = the head (and an embedding tied to it) stays in floats.
     kernels: force one kernel body ("ref", "cpu"); None = the best available.
     """
 
@@ -56,6 +60,8 @@ class EngineConfig:
     scheduling_policy: Policy = "fcfs"
     async_scheduling: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
+    quantization: Quantization = "auto"
+    quantize_lm_head: bool = True
     kernels: str | None = None
     trust_remote_code: bool = False
 
@@ -70,6 +76,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        _one_of("quantization", self.quantization, get_args(Quantization))
         _one_of("load_format", self.load_format, ("auto", "dummy"))
         if self.block_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}.")

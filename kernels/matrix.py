@@ -93,6 +93,17 @@ class Matrix:
         """index: [N] int64, which output comes to each place."""
         return self._each(lambda part: part[index])
 
+    def zeros(self, outputs: int) -> Matrix:
+        """A matrix of the same form with so many outputs that are zero."""
+        first = self.narrow(0, 0, 1)
+        parts = {"values": self.zero, "scales": 0, "mins": 0}
+        made = {
+            name: torch.full_like(part, fill).expand(outputs, -1)
+            for name, fill in parts.items()
+            if (part := getattr(first, name)) is not None
+        }
+        return replace(self, **made)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[N, K], computed in float32: the definition of the format."""
         if self.scales is None:

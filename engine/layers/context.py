@@ -16,8 +16,8 @@ class BuildContext:
     """Everything about the build that is not the model's own config.
 
     dtype: of weights and activations. max_model_len: the longest sequence that will be served, in tokens: positions are
-    0 … max_model_len - 1; None = the model's own limit (`build_model` fills it in). linear_method: how linear layers
-    keep and apply their weights.
+    0 … max_model_len - 1; None = the model's own limit (`build_model` fills it in). How matrices are kept and applied:
+    linear_method those of linear layers, head_method the head's and a table tied to it, table_method other tables.
     """
 
     mesh: Mesh
@@ -26,6 +26,8 @@ class BuildContext:
     device: torch.device
     max_model_len: int | None = None
     linear_method: LinearMethod = field(default_factory=Unquantized)
+    head_method: LinearMethod = field(default_factory=Unquantized)
+    table_method: LinearMethod = field(default_factory=Unquantized)
 
     @property
     def num_positions(self) -> int:

@@ -8,6 +8,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.weight import Layer, Part, ShardRule, Weight, split_part, whole_part
 from octavo.engine.parallel.mesh import Group
+from octavo.kernels.matrix import Matrix
 
 
 class Linear(Layer):
@@ -29,9 +30,9 @@ class Linear(Layer):
     def expects(self) -> dict[str, Weight]:
         return self.method.expects(self) | ({} if self.bias is None else {"bias": self.bias})
 
-    def load(self, name: str, part: str | None, tensor: torch.Tensor) -> None:
+    def load(self, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
         if name == "bias" and self.bias is not None:
-            self.bias.fill(part, tensor)
+            super().load(name, part, tensor)
         else:
             self.method.load(self, name, part, tensor)
 

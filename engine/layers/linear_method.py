@@ -1,4 +1,4 @@
-"""How a linear layer keeps and applies its weight: the one seam between models and number formats."""
+"""How a layer keeps and applies its weight matrix: the one seam between models and number formats."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ import torch
 import torch.nn.functional as F
 
 from octavo.engine.layers.weight import ShardRule, Weight
+from octavo.kernels.matrix import Matrix
 
 
 class LinearMethod(Protocol):
-    """One number format. Stateless: what it keeps, it keeps on the layer (a `octavo.engine.layers.linear.Linear`)."""
+    """One way to keep a matrix [out, in]. What it keeps, it keeps on the layer: linear, embedding or head."""
 
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
-        """Register the parameters that will hold the layer's weight, [out, in] on this rank."""
+        """Register what will hold the layer's matrix, [out, in] on this rank."""
 
     def expects(self, layer: Any) -> dict[str, Weight]:
         """See `Layer.expects`, without the bias, which is the layer's own."""
 
-    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor) -> None:
+    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
         """Take one checkpoint tensor that `expects` names, of `part` (None: all parts, in order)."""
 
     def finish(self, layer: Any) -> None:
-        """All of the layer's tensors are loaded: bring the weight into the form that `apply` wants. Called once."""
+        """All of the layer's tensors are loaded: bring the matrix into the form that `apply` wants. Called once."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x: [T, in] → [T, out], in x's dtype."""
+        """x: [T, in] → [T, out], in x's dtype, which may be wider than the matrix's."""
 
-    def project(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """x: [T, in]; table: [out, in] as it is, because others read it too (a tied head) → [T, out]."""
+    def rows(self, layer: Any, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows index [T] of the matrix: [T, in] in dtype."""
 
 
 class Unquantized:
-    """The weight as it is, in the model's dtype."""
+    """The matrix as a plain parameter in the model's dtype."""
 
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
         layer.weight = Weight(shape, rule, layer.dtype, layer.device)
@@ -41,14 +42,14 @@ class Unquantized:
     def expects(self, layer: Any) -> dict[str, Weight]:
         return {"weight": layer.weight}
 
-    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor) -> None:
-        layer.weight.fill(part, tensor)
+    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
+        layer.weight.fill(part, tensor.dequantize() if isinstance(tensor, Matrix) else tensor)
 
     def finish(self, layer: Any) -> None:
         pass
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, layer.weight, bias)
+        return F.linear(x, layer.weight.to(x.dtype), bias)
 
-    def project(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, table)
+    def rows(self, layer: Any, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return F.embedding(index, layer.weight).to(dtype)

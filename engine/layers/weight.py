@@ -13,6 +13,7 @@ from torch import nn
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.parallel.mesh import Group
+from octavo.kernels.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,15 @@ class Weight(nn.Parameter):
         """The part of that name, or all (None)."""
         return tuple(p for p in self.rule.parts if part is None or p.name == part)
 
+    def check(self, part: str | None, shape: Sequence[int]) -> None:
+        """Raises ConfigError if a checkpoint tensor of that shape is not what `part` wants."""
+        expected = self.source_shape(part)
+        if tuple(shape) != expected:
+            raise ConfigError(f"has shape {tuple(shape)}, the model's config asks for {expected}")
+
     def fill(self, part: str | None, tensor: torch.Tensor) -> None:
         """Copy this rank's slice of a checkpoint tensor, cast to the parameter's dtype. Raises ConfigError on shape."""
-        expected = self.source_shape(part)
-        if tuple(tensor.shape) != expected:
-            raise ConfigError(f"has shape {tuple(tensor.shape)}, the model's config asks for {expected}")
+        self.check(part, tensor.shape)
         at = 0
         for p in self.parts(part):
             mine = tensor.narrow(self.rule.axis, at + p.source, p.size)
@@ -95,6 +100,6 @@ class Layer(nn.Module):
     def finish(self) -> None:
         """All tensors are loaded. Called once, before the first forward."""
 
-    def load(self, name: str, part: str | None, tensor: torch.Tensor) -> None:
+    def load(self, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
         """Take the tensor `name`, of a part or (None) of all parts in order. Raises ConfigError on a wrong shape."""
-        self.expects()[name].fill(part, tensor)
+        self.expects()[name].fill(part, tensor.dequantize() if isinstance(tensor, Matrix) else tensor)

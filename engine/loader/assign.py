@@ -6,55 +6,60 @@ Knows names and shapes. What a rank keeps of a tensor is the layer's business; w
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
-from octavo.engine.layers.weight import Layer
+from octavo.engine.layers.weight import Layer, Weight
 from octavo.kernels.matrix import Matrix
 
 HEAD = "lm_head"
-Slot = tuple[str, str, str]  # module path, weight name, part name
+# module path → weight name → names of the parts that want a tensor, in the model's order
+Wanted = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
 def load_weights(
-    model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]], on_bytes: Callable[[int], None] | None = None
+    model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor | Matrix]], on_bytes: Callable[[int], None] | None = None
 ) -> None:
     """Fill every parameter of `model` from (name, tensor) pairs in any order.
 
-    Tensors are cast to the parameters' dtype and cut to this rank's share. `on_bytes` is called after each tensor with
-    its size, kept or not. Raises ConfigError that names the first tensor that is unexpected, given twice or of a wrong
-    shape, or the first that is missing at the end.
+    Tensors are cast to the parameters' dtype and cut to this rank's share. A layer is finished as soon as it has all of
+    its tensors, so that no more than one weight is there twice. `on_bytes` is called after each tensor with its size,
+    kept or not. Raises ConfigError that names the first tensor that is unexpected, given twice or of a wrong shape, or
+    the first that is missing at the end.
     """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
-    missing = set(_slots(layers))
-    known = set(missing)
+    layers = _layers(model)
+    wanted = _wanted(layers)
+    missing = {path: {(name, part) for name, parts in wanted[path].items() for part in parts} for path in layers}
     for name, tensor in tensors:
         target = model.weight_names.target(name)
-        if isinstance(tensor, Matrix):
-            tensor = tensor.dequantize().t() if target is not None and target.transpose else tensor.dequantize()
         if target is not None and not _is_tied_head(model, target):
-            slots = _claimed(layers, target)
-            if not slots or not known.issuperset(slots):
+            parts = _claimed(wanted, target)
+            if not parts:
                 raise ConfigError(f"The checkpoint holds {name!r}, which the model's config has no place for.")
-            if not missing.issuperset(slots):
+            lacks = missing[target.module]
+            if not lacks.issuperset((target.weight, part) for part in parts):
                 raise ConfigError(f"The checkpoint holds {name!r} twice.")
+            # A Matrix comes as the layer multiplies with it, [outputs, inputs].
+            turned = tensor.t() if target.transpose and isinstance(tensor, torch.Tensor) else tensor
             try:
-                layers[target.module].load(target.weight, target.part, tensor.t() if target.transpose else tensor)
+                layers[target.module].load(target.weight, target.part, turned)
             except ConfigError as error:
                 raise ConfigError(f"The checkpoint's {name!r} {error}.") from None
-            missing.difference_update(slots)
+            lacks.difference_update([(target.weight, part) for part in parts])
+            if not lacks:
+                layers[target.module].finish()
         if on_bytes is not None:
             on_bytes(tensor.nbytes)
-    if missing:
-        module, weight, part = min(missing)
+    lacking = [(path, *slot) for path, slots in missing.items() for slot in slots]
+    if lacking:
+        module, weight, part = min(lacking)
         which = f"{module}.{weight}" + (f" ({part})" if part else "")
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ConfigError(f"The checkpoint lacks the weights of {which}{others}: it is incomplete or of another model.")
-    _finish(layers)
 
 
 def init_dummy(model: CausalLM, seed: int) -> None:
@@ -62,47 +67,43 @@ def init_dummy(model: CausalLM, seed: int) -> None:
 
     Whole tensors are drawn and cut as a checkpoint's are. Norms become the identity, biases zero.
     """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
-    for module, weight, part in _slots(layers):
-        layer = layers[module]
-        parameter = layer.expects()[weight]
-        if weight == "bias":
-            continue
-        if isinstance(layer, (RMSNorm, LayerNorm)):
-            parameter.data.fill_(1)
-            continue
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(zlib.crc32(f"{seed} {module} {weight} {part}".encode()))
-        dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-        tensor = torch.empty(parameter.source_shape(part), dtype=dtype, device=parameter.device)
-        layer.load(weight, part, tensor.normal_(0, 0.02, generator=generator))
-    _finish(layers)
+    for path, layer in _layers(model).items():
+        expected = layer.expects()
+        for name, weight in expected.items():
+            if name == "bias":
+                continue
+            if isinstance(layer, (RMSNorm, LayerNorm)):
+                weight.data.fill_(1)
+                continue
+            for part in weight.rule.parts:
+                layer.load(name, part.name, _random(weight, part.name, f"{seed} {path} {name} {part.name}"))
+        if expected:
+            layer.finish()
 
 
-def _finish(layers: dict[str, Layer]) -> None:
-    """One layer after the other, so that no more than one weight is there twice."""
-    for layer in layers.values():
-        layer.finish()
+def _random(weight: Weight, part: str, key: str) -> torch.Tensor:
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    generator = torch.Generator(device)
+    generator.manual_seed(zlib.crc32(key.encode()))
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    return torch.empty(weight.source_shape(part), dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
 
 
-def _slots(layers: dict[str, Layer]) -> list[Slot]:
-    """Every (module, weight, part) that wants a tensor, in the model's order."""
-    return [
-        (path, name, part.name)
+def _layers(model: CausalLM) -> dict[str, Layer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Layer)}
+
+
+def _wanted(layers: Mapping[str, Layer]) -> Wanted:
+    return {
+        path: {name: tuple(part.name for part in weight.rule.parts) for name, weight in layer.expects().items()}
         for path, layer in layers.items()
-        for name, weight in layer.expects().items()
-        for part in weight.rule.parts
-    ]
+    }
 
 
-def _claimed(layers: dict[str, Layer], target: WeightTarget) -> list[Slot]:
-    """The slots a tensor would fill; empty when there is no such weight."""
-    if target.module not in layers:
-        return []
-    weight = layers[target.module].expects().get(target.weight)
-    if weight is None:
-        return []
-    return [(target.module, target.weight, part.name) for part in weight.parts(target.part)]
+def _claimed(wanted: Wanted, target: WeightTarget) -> tuple[str, ...]:
+    """The parts a tensor would fill; empty when there is no such weight."""
+    parts = wanted.get(target.module, {}).get(target.weight, ())
+    return tuple(part for part in parts if target.part is None or part == target.part)
 
 
 def _is_tied_head(model: CausalLM, target: WeightTarget) -> bool:

@@ -51,14 +51,14 @@ class GemmaLike(RMSNormLM):
                 GatedMLP(ctx, width, config.intermediate_size, config.hidden_activation),
             )
 
-        embed = VocabParallelEmbedding(ctx, vocab_size, width, scale=width**0.5)
+        tied = config.tie_word_embeddings
+        embed = VocabParallelEmbedding(ctx, vocab_size, width, scale=width**0.5, tied=tied)
         kinds = zip(windows_by_layer_type(config), config.layer_types, strict=True)
-        tied_to = embed if config.tie_word_embeddings else None
         super().__init__(
             embed,
             [layer(index, window, kind) for index, (window, kind) in enumerate(kinds)],
             norm(),
-            LMHead(ctx, vocab_size, width, tied_to, soft_cap=config.final_logit_softcapping),
+            LMHead(ctx, vocab_size, width, embed if tied else None, soft_cap=config.final_logit_softcapping),
         )
 
 

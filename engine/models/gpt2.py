@@ -59,7 +59,7 @@ class GPT2LMHeadModel(LayerNormLM):
                 PlainMLP(ctx, width, inner, config.activation_function, bias=True),
             )
 
-        embed = VocabParallelEmbedding(ctx, config.vocab_size, width)
+        embed = VocabParallelEmbedding(ctx, config.vocab_size, width, tied=config.tie_word_embeddings)
         super().__init__(
             embed,
             LearnedPositions(ctx, config.max_position_embeddings, width),

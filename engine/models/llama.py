@@ -64,7 +64,7 @@ class LlamaLike(RMSNormLM):
                 GatedMLP(ctx, width, config.intermediate_size, config.hidden_act, bias=traits.mlp_bias),
             )
 
-        embed = VocabParallelEmbedding(ctx, config.vocab_size, width)
+        embed = VocabParallelEmbedding(ctx, config.vocab_size, width, tied=config.tie_word_embeddings)
         super().__init__(
             embed,
             [layer(index, window) for index, window in enumerate(traits.windows)],

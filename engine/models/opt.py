@@ -58,7 +58,7 @@ class OPTForCausalLM(LayerNormLM):
             )
 
         narrow = config.word_embed_proj_dim
-        embed = VocabParallelEmbedding(ctx, config.vocab_size, narrow)
+        embed = VocabParallelEmbedding(ctx, config.vocab_size, narrow, tied=config.tie_word_embeddings)
         last_norm = first and not config._remove_final_layer_norm
         super().__init__(
             embed,

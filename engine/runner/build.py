@@ -16,16 +16,16 @@ from octavo.engine.build import Engine, Phases, assemble
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.plan import Row
 from octavo.engine.errors import ConfigError
-from octavo.engine.layers import onednn
 from octavo.engine.layers.context import BuildContext
-from octavo.engine.layers.linear_method import Unquantized
-from octavo.engine.layers.onednn import OneDNN
 from octavo.engine.loader.assign import init_dummy, load_weights
 from octavo.engine.loader.checkpoint import open_checkpoint
 from octavo.engine.loader.source import resolve_model
 from octavo.engine.models.registry import build_model, max_model_len
 from octavo.engine.parallel.mesh import Mesh
 from octavo.engine.process.inproc import InProcess, rank_thread
+from octavo.engine.quant.gather import matrices
+from octavo.engine.quant.methods import choose_methods
+from octavo.engine.quant.scheme import read_scheme
 from octavo.engine.runner.buffers import Buffers
 from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
 from octavo.engine.runner.runner import Model, Runner
@@ -55,20 +55,26 @@ def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInf
         length = _context_length(config, max_model_len(checkpoint.config))
     with phases.phase("build model"):
         ops = _ops(config, device, dtype)
+        scheme = read_scheme(checkpoint.config)
+        stored = "gguf" if source.kind == "gguf" else scheme.method if scheme else None
+        methods = choose_methods(config.quantization, config.quantize_lm_head, stored, ops)
         context = BuildContext(
             mesh=Mesh(),
             ops=ops,
             dtype=dtype,
             device=device,
             max_model_len=length,
-            linear_method=OneDNN() if config.kernels != "ref" and onednn.available(device, dtype) else Unquantized(),
+            linear_method=methods.linear,
+            head_method=methods.head,
+            table_method=methods.table,
         )
         model = build_model(checkpoint.config, context)
     with phases.phase("load weights"), _one_thread():
         if config.load_format == "dummy":
             init_dummy(model, config.seed)
         else:
-            load_weights(model, checkpoint.tensors())
+            tensors = checkpoint.tensors()
+            load_weights(model, tensors if scheme is None else matrices(tensors, scheme))
     with phases.phase("KV cache"):
         specs = model.kv_specs()
         num_blocks = plan_num_blocks(config, specs, length, device, _step_bytes(config, model, length, device))
