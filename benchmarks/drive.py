@@ -185,3 +185,16 @@ class Bench:
             computed_s=result.seconds,
             model_s=self._runner.model_s.pop(plan.step_id) if self._runner else result.seconds,
         )
+
+
+def weight_bytes(engine: Engine) -> int | None:
+    """What a model's weights take in the form its layers keep them in; None if the model is not in this process."""
+    runner = getattr(engine.core.process, "_runner", None)
+    if runner is None or not hasattr(runner, "model"):
+        return None
+    kept = {}  # tied layers share
+    for module in runner.model.modules():
+        for weight in (getattr(module, "packed", None), *module.parameters(recurse=False)):
+            if weight is not None:
+                kept[id(weight)] = weight.nbytes
+    return sum(kept.values())
