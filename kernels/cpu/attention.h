@@ -78,7 +78,9 @@ template <class T> void paged_attention(const Attention& a) {
             items[n++] = item;
         }
     });
-    share(count, threads, [&](int64_t i) { attend<T>(a, items[i], i + threads < count ? &items[i + threads] : nullptr); });
+    share(count, threads, [&](int64_t i) {
+        attend<T>(a, items[i], i + threads < count ? &items[i + threads] : nullptr);
+    });
 
     for (int64_t i = 0; i < count; i++) {
         const Item& first = items[i];

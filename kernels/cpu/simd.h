@@ -42,7 +42,7 @@ inline vf splat(float x) { return vf{x, x, x, x}; }
 #endif
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
-// a * b + c: rounded once where the instruction set can. Said so, and not left to the compiler, where several loops must
+// a * b + c, rounded once where the instruction set can. Written so, not left to the compiler, where several loops must
 // come to the same bits.
 #if defined(__AVX512F__)
 inline vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -77,7 +77,9 @@ inline vf load(const bf16* p) {
     return widen(x);
 }
 #if defined(__AVX512F__)
-inline vf load(const int8_t* p) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline vf load(const int8_t* p) {
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 #else
 inline vf load(const int8_t* p) {
     int8_t lanes __attribute__((vector_size(W)));
@@ -153,7 +155,32 @@ inline vf zip_high(vf a, vf b) {
 }
 #undef OCTAVO_SHUFFLE
 
-// Lane i of x[j] changes places with lane j of x[i]. Each step moves a bit of the place's row number to its column.
+// Lane i of x[j] changes places with lane j of x[i].
+#if defined(__AVX512F__)
+// Blocks of 4 within 128-bit lanes, then the lanes: shuffles within lanes are the cheap ones.
+inline void transpose(vf (&x)[W]) {
+    __m512 t[W];
+    for (int g = 0; g < W; g += 4) {
+        __m512 a = (__m512)x[g], b = (__m512)x[g + 1], c = (__m512)x[g + 2], d = (__m512)x[g + 3];
+        __m512d low_ab = (__m512d)_mm512_unpacklo_ps(a, b), low_cd = (__m512d)_mm512_unpacklo_ps(c, d);
+        __m512d high_ab = (__m512d)_mm512_unpackhi_ps(a, b), high_cd = (__m512d)_mm512_unpackhi_ps(c, d);
+        t[g] = (__m512)_mm512_unpacklo_pd(low_ab, low_cd);
+        t[g + 1] = (__m512)_mm512_unpackhi_pd(low_ab, low_cd);
+        t[g + 2] = (__m512)_mm512_unpacklo_pd(high_ab, high_cd);
+        t[g + 3] = (__m512)_mm512_unpackhi_pd(high_ab, high_cd);
+    }
+    for (int m = 0; m < 4; m++) {
+        __m512 a = t[m], b = t[4 + m], c = t[8 + m], d = t[12 + m];
+        __m512 low_a = _mm512_shuffle_f32x4(a, b, 0x44), low_b = _mm512_shuffle_f32x4(c, d, 0x44);
+        __m512 high_a = _mm512_shuffle_f32x4(a, b, 0xee), high_b = _mm512_shuffle_f32x4(c, d, 0xee);
+        x[m] = (vf)_mm512_shuffle_f32x4(low_a, low_b, 0x88);
+        x[4 + m] = (vf)_mm512_shuffle_f32x4(low_a, low_b, 0xdd);
+        x[8 + m] = (vf)_mm512_shuffle_f32x4(high_a, high_b, 0x88);
+        x[12 + m] = (vf)_mm512_shuffle_f32x4(high_a, high_b, 0xdd);
+    }
+}
+#else
+// Each step moves a bit of the place's row number to its column.
 inline void transpose(vf (&x)[W]) {
     for (int step = 1; step < W; step *= 2) {
         vf y[W];
@@ -164,6 +191,7 @@ inline void transpose(vf (&x)[W]) {
         for (int i = 0; i < W; i++) x[i] = y[i];
     }
 }
+#endif
 
 // Lane i of the result is the sum of the lanes of x[i]. Halving the number of vectors W times log2 W costs about 3
 // operations per sum, a sum on its own about 8. Overwrites x.
@@ -173,20 +201,33 @@ inline vf sum_each(vf (&x)[W]) {
     return x[0];
 }
 
+// Lane i of the result is lane i + n of x, for i < n.
+template <int n> inline vf upper(vf x) {
+#if defined(__AVX512F__)
+    if constexpr (n == 8) return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xee);
+    if constexpr (n == 4) return (vf)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x55);
+    return (vf)_mm512_permute_ps((__m512)x, n == 2 ? 0xee : 0x55);
+#else
+    vf y = x;
+    for (int i = 0; i < n; i++) y[i] = x[i + n];
+    return y;
+#endif
+}
+
+// By halves: lane i and lane i + n, for n = W/2, W/4, … 1.
 inline float sum_lanes(vf x) {
-    float lanes[W], total = 0;
-    store(lanes, x);
-    for (int n = W / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-    total = lanes[0];
-    return total;
+    if constexpr (W >= 16) x += upper<8>(x);
+    if constexpr (W >= 8) x += upper<4>(x);
+    x += upper<2>(x);
+    x += upper<1>(x);
+    return x[0];
 }
 inline float max_lanes(vf x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int n = W / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-    return lanes[0];
+    if constexpr (W >= 16) x = max(upper<8>(x), x);
+    if constexpr (W >= 8) x = max(upper<4>(x), x);
+    x = max(upper<2>(x), x);
+    x = max(upper<1>(x), x);
+    return x[0];
 }
 
 // e^x to 2 units in the last place; 0 below -87.3, 2.4e38 above 88.3, NaN for NaN.
