@@ -9,20 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.engine.core.plan import Row, StepPlan
 from octavo.kernels.ops import AttentionBatch
 
+Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """input_ids, positions: [T] int64. `last`: [R] int64, index in T of each row's last token."""
+    """A step's inputs. input_ids, positions: [T] int64.
+
+    Of its rows, on the host, [R] int64: slots; last, index in T of the row's last token; ends, the position after that
+    one, where a token that is drawn goes.
+    """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionBatch
-    last: np.ndarray
+    slots: Ints
+    last: Ints
+    ends: Ints
 
 
 class Buffers:
@@ -53,39 +62,40 @@ class Buffers:
         slots, starts, counts, write_from = np.array(
             [(row.slot, row.start, row.num_tokens, row.write_from) for row in rows], dtype=np.int64
         ).T
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        ends = starts + counts
+        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
-        row_of = np.repeat(np.arange(len(rows)), counts)  # [T]
-        positions = np.arange(query_start[-1]) - query_start[row_of] + starts[row_of]
-        slot_of = slots[row_of]
-        blocks = self._tables[slot_of, positions // self._block_size].astype(np.int64)
-        slot_mapping = blocks * self._block_size + positions % self._block_size
-        slot_mapping[positions < write_from[row_of]] = -1
-        context = starts + counts
-        longest = int(context.max())
+        slot_of = np.repeat(slots, counts)
+        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
+        index, offset = np.divmod(positions, self._block_size)
+        slot_mapping = self._tables[slot_of, index].astype(np.int64) * self._block_size + offset
+        slot_mapping[positions < np.repeat(write_from, counts)] = -1
+        longest = int(ends.max())
         width = -(-longest // self._block_size)
 
-        def send(array: np.ndarray) -> torch.Tensor:
+        def send(array: npt.NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
         return StepInputs(
             input_ids=send(self._tokens[slot_of, positions].astype(np.int64)),
-            positions=send(positions.astype(np.int64)),
+            positions=send(positions),
             attention=AttentionBatch(
                 block_tables=send(self._tables[slots, :width]),
-                query_start=send(query_start),
-                context_lens=send(context.astype(np.int32)),
+                query_start=send(query_start.astype(np.int32)),
+                context_lens=send(ends.astype(np.int32)),
                 slot_mapping=send(slot_mapping),
                 max_query_len=int(counts.max()),
                 max_context_len=longest,
             ),
-            last=(query_start[1:] - 1).astype(np.int64),
+            slots=slots,
+            last=query_start[1:] - 1,
+            ends=ends,
         )
 
     def num_prompt(self, slot: int) -> int:
         """How many of the slot's tokens are its prompt."""
         return int(self._num_prompt[slot])
 
-    def store(self, slots: list[int], positions: list[int], token_ids: torch.Tensor) -> None:
+    def store(self, slots: Ints, positions: Ints, token_ids: torch.Tensor) -> None:
         """Put drawn tokens [R] where the next step finds them."""
         self._tokens[slots, positions] = token_ids.cpu().numpy()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
@@ -59,7 +61,7 @@ class Runner:
         self.ops = ops
         self.buffers = buffers
         self.sampling = sampling
-        self.sampler = Sampler()
+        self.sampler = Sampler(ops)
         self.device = device
 
     @torch.inference_mode()
@@ -86,23 +88,20 @@ class Runner:
     def _draw(self, rows: Sequence[Row], inputs: StepInputs, hidden: torch.Tensor) -> tuple[RowResult, ...]:
         """Draw a token for each row that samples; log probabilities of prompt tokens where asked for."""
         prompt = {i: self._prompt_logprobs(row, inputs, hidden, i) for i, row in enumerate(rows) if _wants_prompt(row)}
-        sampling = [i for i, row in enumerate(rows) if row.samples]
-        drawn: dict[int, RowResult] = {}
-        if sampling:
-            last = torch.from_numpy(inputs.last[sampling]).to(self.device)
-            logits = self.model.logits(hidden[last])
-            slots = [rows[i].slot for i in sampling]
-            positions = [rows[i].start + rows[i].num_tokens for i in sampling]
+        sampling = np.flatnonzero([row.samples for row in rows])
+        drawn: tuple[RowResult, ...] = ()
+        if len(sampling):
+            if len(sampling) < len(hidden):  # else each row is one token, and samples
+                hidden = hidden[torch.from_numpy(inputs.last[sampling]).to(self.device)]
+            logits = self.model.logits(hidden)
+            slots, positions = inputs.slots[sampling], inputs.ends[sampling]
             sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens)
             self.buffers.store(slots, positions, sampled.token_ids)
-            drawn = dict(zip(sampling, sampled.to_host(), strict=True))
-        results = []
-        for i in range(len(rows)):
-            result = drawn.get(i, RowResult())
-            if i in prompt:
-                result = RowResult(result.token_ids, result.logprobs, prompt[i], result.error)
-            results.append(result)
-        return tuple(results)
+            drawn = sampled.to_host()
+        if len(drawn) == len(rows) and not prompt:
+            return drawn
+        results = dict(zip(sampling.tolist(), drawn, strict=True))
+        return tuple(_with_prompt(results.get(i, RowResult()), prompt.get(i, ())) for i in range(len(rows)))
 
     def _prompt_logprobs(
         self, row: Row, inputs: StepInputs, hidden: torch.Tensor, index: int
@@ -117,9 +116,13 @@ class Runner:
         for begin in range(0, count, 256):  # logits of a whole long prompt at once would be gigabytes
             end = min(count, begin + 256)
             logits = self.model.logits(hidden[first + begin : first + end])
-            found.extend(prompt_logprobs(logits, targets[begin:end], row.prompt_logprobs))
+            found.extend(prompt_logprobs(self.ops, logits, targets[begin:end], row.prompt_logprobs))
         return tuple(found)
 
 
 def _wants_prompt(row: Row) -> bool:
     return row.prompt_logprobs is not None
+
+
+def _with_prompt(result: RowResult, prompt_logprobs: tuple[TokenLogprobs, ...]) -> RowResult:
+    return replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs else result

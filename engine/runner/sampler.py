@@ -2,11 +2,13 @@
 
 The order is vLLM's: log probabilities from the raw logits; allowed tokens; bad words; min_tokens; logit bias;
 penalties; then the greedy choice, or temperature, min_p, top_k, top_p and the draw. A stage no row of the step needs
-is not entered, which the host knows from the slots' state without asking the device.
+is not entered, which the host knows from the slots' state without asking the device. What reads whole rows of logits
+is an op (octavo.kernels.ops).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,17 +16,14 @@ import numpy as np
 import torch
 
 from octavo.engine.core.plan import RowResult
-from octavo.engine.runner.logprobs import Logprobs, take_logprobs, to_token_logprobs
-from octavo.engine.runner.philox import uniforms
-from octavo.engine.runner.sampler_draw import Blocks, Draws, draw, greedy
-from octavo.engine.runner.sampling_state import NO_LOGPROBS, Rows, SamplingState
+from octavo.engine.runner.logprobs import to_token_logprobs
+from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.engine.types import TokenLogprobs
+from octavo.kernels.ops import Ops
+from octavo.kernels.sampling import Draws, Logprobs, Peaks
 
-_GOOD, _NOT_FINITE, _NOTHING_LEFT = 0, 1, 2
-_FAULTS = {
-    _NOT_FINITE: "The model's logits are not finite numbers.",
-    _NOTHING_LEFT: "No token is left to draw: the masks (allowed_token_ids, bad_words, min_tokens) exclude them all.",
-}
+_NOT_FINITE = "The model's logits are not finite numbers."
+_NOTHING_LEFT = "No token is left to draw: the masks (allowed_token_ids, bad_words, min_tokens) exclude them all."
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,35 +40,38 @@ class SampledTokens:
     def to_host(self) -> tuple[RowResult, ...]:
         """One result per row. A row that could not be drawn from has no token, but an `error`: one sentence."""
         copies = iter(self._copies.wait())
-        token_ids, faults = next(copies).tolist(), next(copies).tolist()
+        token_ids, tops = next(copies).tolist(), next(copies).tolist()
         logprobs: dict[int, TokenLogprobs] = {}
         for taken in self._taken:
             parts = tuple(next(copies) for _ in taken.logprobs.parts())
             logprobs.update(zip(taken.rows, to_token_logprobs(parts, taken.ks), strict=True))
         return tuple(
-            RowResult(error=_FAULTS[fault])
-            if fault != _GOOD
-            else RowResult((token,), (logprobs[row],) if row in logprobs else ())
-            for row, (token, fault) in enumerate(zip(token_ids, faults, strict=True))
+            RowResult((token,), (logprobs[row],) if row in logprobs else ())
+            if math.isfinite(top)
+            else RowResult(error=_NOTHING_LEFT if top == -math.inf else _NOT_FINITE)
+            for row, (token, top) in enumerate(zip(token_ids, tops, strict=True))
         )
 
 
 class Sampler:
     """Stateless; see SamplingState for what lasts from step to step."""
 
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+
     def sample(
         self,
         logits: torch.Tensor,
-        slots: Sequence[int] | torch.Tensor,
-        positions: Sequence[int],
+        slots: Sequence[int] | Ints,
+        positions: Sequence[int] | Ints,
         state: SamplingState,
         tokens: torch.Tensor,
     ) -> SampledTokens:
         """Draw a token for each of R rows, and count it where penalties are on.
 
-        logits: [R, V] float32, may be overwritten. slots: [R], each at most once, on the host. positions: [R],
-        absolute position of the token being drawn. tokens: [max_num_seqs, max_model_len + 1] integer, on the device, a
-        row per slot, filled below the position. A row whose logits hold a NaN or +inf, or to which the masks leave
+        logits: [R, V] float32, may be overwritten. slots: [R], each at most once. positions: [R], absolute position of
+        the token being drawn. tokens: [max_num_seqs, max_model_len + 1] integer, a row per slot, filled below the
+        position. A row whose logits hold a NaN or +inf, or to which the masks leave
         nothing, yields token 0 and is reported by `SampledTokens.to_host`; other rows do not notice. No device sync on
         CUDA.
         """
@@ -80,39 +82,44 @@ class Sampler:
         if raw is logits and _edits(rows, state):
             raw = logits.clone()
         _edit(logits, rows, state, tokens)
-        blocks = Blocks.of(logits)
-        drawn = _choose(blocks, rows, logits.shape[1])
-        faults = torch.where(blocks.top == -torch.inf, _NOTHING_LEFT, _NOT_FINITE).to(torch.int8)
-        faults.masked_fill_(blocks.top.isfinite(), _GOOD)
-        drawn.masked_fill_(faults != _GOOD, 0)
+        peaks = self._ops.find_peaks(logits)
+        drawn = self._choose(logits, peaks, rows, state)
         counted = _members(rows.slots, state.penalties)
         if len(counted):
             state.penalties.count(rows.slots[counted], counted, drawn)
-        taken = _take(raw, drawn, asking, rows)
-        copies = _HostCopies((drawn, faults, *(part for group in taken for part in group.logprobs.parts())))
+        taken = self._take(raw, drawn, asking, rows)
+        copies = _HostCopies((drawn, peaks.top, *(part for group in taken for part in group.logprobs.parts())))
         return SampledTokens(drawn, taken, copies)
 
+    def _choose(self, logits: torch.Tensor, peaks: Peaks, rows: Rows, state: SamplingState) -> torch.Tensor:
+        """[R] int64. Greedy rows and drawn rows of one batch do not touch one another."""
+        drawing = np.flatnonzero(~rows.greedy)
+        if not len(drawing):
+            return peaks.token_ids
+        draws = Draws(
+            rows=drawing,
+            temperature=rows.temperature[drawing],
+            top_k=rows.top_k[drawing],
+            top_p=rows.top_p[drawing],
+            min_p=rows.min_p[drawing],
+            uniforms=state.uniforms(rows, drawing),
+        )
+        drawn = self._ops.draw(logits, peaks, draws)
+        if len(drawing) == len(rows.slots):
+            return drawn
+        return peaks.token_ids.index_copy(0, torch.from_numpy(drawing).to(drawn.device), drawn)
 
-def _choose(blocks: Blocks, rows: Rows, vocab_size: int) -> torch.Tensor:
-    """[R] int64. Greedy rows and drawn rows of one batch do not touch one another."""
-    device = blocks.values.device
-    drawing = np.flatnonzero(~rows.greedy)
-    if not len(drawing):
-        return greedy(blocks)
-    draws = Draws(
-        rows=drawing,
-        temperature=rows.temperature[drawing],
-        top_k=rows.top_k[drawing],
-        top_p=rows.top_p[drawing],
-        min_p=rows.min_p[drawing],
-        uniforms=uniforms(rows.seeds[drawing], rows.positions[drawing]),
-    )
-    drawn = draw(blocks, draws, vocab_size)
-    if len(drawing) == len(rows.slots):
-        return drawn
-    chosen = greedy(blocks)
-    chosen[torch.from_numpy(drawing).to(device)] = drawn
-    return chosen
+    def _take(self, raw: torch.Tensor, drawn: torch.Tensor, asking: Ints, rows: Rows) -> tuple[_Taken, ...]:
+        """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary are taken apart."""
+        result = []
+        ks, vocab_size = rows.logprobs[asking], raw.shape[1]
+        for group in (np.flatnonzero(ks >= 0), np.flatnonzero(ks == -1)):
+            if len(group):
+                most = int(ks[group].max())
+                k = vocab_size if most == -1 else min(most, vocab_size)
+                taken = self._ops.take_logprobs(_select(raw, group), _select(drawn, asking[group]), k)
+                result.append(_Taken(tuple(asking[group].tolist()), tuple(ks[group].tolist()), taken))
+        return tuple(result)
 
 
 def _edits(rows: Rows, state: SamplingState) -> bool:
@@ -147,9 +154,7 @@ def _edit(logits: torch.Tensor, rows: Rows, state: SamplingState, tokens: torch.
         state.penalties.apply(logits, penalised, rows.slots[penalised])
 
 
-def _mask_bad_words(
-    logits: torch.Tensor, worded: np.ndarray, rows: Rows, state: SamplingState, tokens: torch.Tensor
-) -> None:
+def _mask_bad_words(logits: torch.Tensor, worded: Ints, rows: Rows, state: SamplingState, tokens: torch.Tensor) -> None:
     """Mask the last token of every bad word whose other tokens are the newest generated ones (prompt tokens do not
     match).
     """
@@ -164,20 +169,20 @@ def _mask_bad_words(
         logits[row].index_add_(0, words.last, mask)
 
 
-def _members(slots: np.ndarray, kept: object) -> np.ndarray:
+def _members(slots: Ints, kept: object) -> Ints:
     """[N] int64: the rows whose slot is in `kept`. No row is looked at when it is empty."""
     if not kept:
         return np.zeros(0, np.int64)
     return np.flatnonzero([slot in kept for slot in slots.tolist()])  # type: ignore[operator]
 
 
-def _pairs(rows: np.ndarray, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pairs(rows: Ints, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Index pairs (row, token id) for lists of ids per row."""
     row = torch.from_numpy(np.repeat(rows, [len(x) for x in ids]))
     return row.to(ids[0].device), torch.cat(ids)
 
 
-def _select(logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+def _select(logits: torch.Tensor, rows: Ints) -> torch.Tensor:
     """logits[rows], or logits itself where all rows are meant."""
     if len(rows) == len(logits):
         return logits
@@ -191,18 +196,6 @@ class _Taken:
     rows: tuple[int, ...]
     ks: tuple[int, ...]
     logprobs: Logprobs
-
-
-def _take(raw: torch.Tensor, drawn: torch.Tensor, asking: np.ndarray, rows: Rows) -> tuple[_Taken, ...]:
-    """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary are taken apart."""
-    result = []
-    ks = rows.logprobs[asking]
-    for group in (np.flatnonzero(ks >= 0), np.flatnonzero(ks == -1)):
-        if len(group):
-            token_ids = _select(drawn, asking[group])
-            taken = take_logprobs(_select(raw, group), token_ids, int(ks[group].max()))
-            result.append(_Taken(tuple(asking[group].tolist()), tuple(ks[group].tolist()), taken))
-    return tuple(result)
 
 
 class _HostCopies:

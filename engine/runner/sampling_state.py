@@ -19,6 +19,7 @@ import torch
 
 from octavo.engine.core.plan import NewSequence
 from octavo.engine.params import SamplingParams
+from octavo.engine.runner.philox import Ahead
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -55,7 +56,6 @@ class Rows:
     top_k: Ints  # vocabulary size = all
     top_p: Floats
     min_p: Floats
-    seeds: npt.NDArray[np.uint64]
     logprobs: Ints  # NO_LOGPROBS, -1 = whole vocabulary, else k
 
 
@@ -77,6 +77,7 @@ class SamplingState:
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._uniforms = Ahead(max_num_seqs)
         self._logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self.allowed: dict[int, torch.Tensor] = {}  # slot → token ids [N]
         self.bad_words: dict[int, BadWords] = {}
@@ -118,14 +119,14 @@ class SamplingState:
         """The slot's sequence is gone. Leaving an empty slot is allowed."""
         self._greedy[slot] = True
         self._logprobs[slot] = NO_LOGPROBS
+        self._uniforms.forget(slot)
         for lists in (self.allowed, self.bad_words, self.stops, self.bias):
             lists.pop(slot, None)
         self.penalties.leave(slot)
 
-    def rows(self, slots: Sequence[int] | torch.Tensor | Ints, positions: Sequence[int] | Ints) -> Rows:
+    def rows(self, slots: Sequence[int] | Ints, positions: Sequence[int] | Ints) -> Rows:
         """Gather the state of `slots` [R], which draw the tokens at `positions` [R]."""
-        at = np.asarray(slots, np.int64).reshape(-1)
-        place = np.asarray(positions, np.int64).reshape(-1)
+        at, place = np.asarray(slots, np.int64), np.asarray(positions, np.int64)
         return Rows(
             slots=at,
             positions=place,
@@ -135,9 +136,13 @@ class SamplingState:
             top_k=self._top_k[at],
             top_p=self._top_p[at],
             min_p=self._min_p[at],
-            seeds=self._seeds[at],
             logprobs=self._logprobs[at],
         )
+
+    def uniforms(self, rows: Rows, which: Ints) -> Floats:
+        """[N]: the random numbers of the rows `which` [N]."""
+        slots = rows.slots[which]
+        return self._uniforms.take(slots, self._seeds[slots], rows.positions[which])
 
     def below_min_tokens(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """[R]: the row has not yet put out its min_tokens."""

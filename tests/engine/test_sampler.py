@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from octavo.engine.params import SamplingParams
 from octavo.engine.runner.philox import uniforms
 from octavo.engine.runner.sampler import Sampler
 from octavo.engine.runner.sampling_state import SamplingState
+from octavo.kernels import ops
 
 VOCAB, SLOTS, MAX_LEN = 97, 8, 64
 CPU = torch.device("cpu")
+OPS = ops.select(CPU, torch.float32)
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Bench:
     def __init__(self, vocab: int = VOCAB) -> None:
         self.state = SamplingState(SLOTS, MAX_LEN, vocab, CPU)
         self.tokens = torch.zeros((SLOTS, MAX_LEN + 1), dtype=torch.int32)
-        self.sampler = Sampler()
+        self.sampler = Sampler(OPS)
         self.held: dict[int, Sequence] = {}
 
     def enter(self, slot: int, sequence: Sequence) -> None:
@@ -278,7 +280,7 @@ def test_penalties_without_repetition_leave_the_prompt_alone():
 def test_lists_of_seen_tokens_outgrow_their_first_size():
     """More distinct tokens than the first storage holds, and more slots than the first storage has."""
     vocab, steps = 700, 600
-    state, sampler = SamplingState(12, steps + 8, vocab, CPU), Sampler()
+    state, sampler = SamplingState(12, steps + 8, vocab, CPU), Sampler(OPS)
     tokens = torch.zeros((12, steps + 9), dtype=torch.int64)
     params = GREEDY.replace(presence_penalty=2.0)
     for slot in range(12):
@@ -294,7 +296,7 @@ def test_lists_of_seen_tokens_outgrow_their_first_size():
 
 def test_a_token_drawn_again_and_again_is_listed_once():
     """So the list never outgrows the vocabulary, and a penalty's cost does not grow with the output."""
-    state, sampler = SamplingState(1, 1000, 5, CPU), Sampler()
+    state, sampler = SamplingState(1, 1000, 5, CPU), Sampler(OPS)
     state.enter(NewSequence(0, (1, 1, 4), 3, GREEDY.replace(repetition_penalty=1.01), 0, ()))
     tokens = torch.zeros((1, 1001), dtype=torch.int64)
     logits = torch.tensor([[1.0, 2.0, 50.0, 3.0, 0.0]])
@@ -333,8 +335,9 @@ def test_stages_nobody_needs_are_not_entered(monkeypatch: pytest.MonkeyPatch):
     for slot in range(4):
         bench.enter(slot, Sequence(GREEDY, (1,), slot))
     bench.enter(4, Sequence(GREEDY.replace(logit_bias={1: 1.0}, presence_penalty=1.0, logprobs=1), (1,), 1))
-    for name in ("draw", "_pairs", "take_logprobs", "uniforms"):
-        monkeypatch.setattr(f"octavo.engine.runner.sampler.{name}", never)
+    monkeypatch.setattr("octavo.engine.runner.sampler._pairs", never)
+    monkeypatch.setattr("octavo.engine.runner.philox.uniforms", never)
+    bench.sampler = Sampler(replace(OPS, draw=never, take_logprobs=never))
     logits = torch.randn(4, VOCAB)
     assert [r.token_ids[0] for r in bench.step(logits, [0, 1, 2, 3])] == logits.argmax(dim=-1).tolist()
     with pytest.raises(AssertionError, match="entered"):
@@ -385,13 +388,13 @@ def test_ids_outside_the_vocabulary_are_harmless():
     assert one(params, [5.0, 1.0], stop_token_ids=(70,), bad_words=((88,), (1, 90))).tokens == [1]
 
 
-def test_slots_and_positions_may_be_tensors_and_logits_any_float():
+def test_slots_and_positions_may_be_arrays_and_logits_any_float():
     bench = Bench(5)
     bench.enter(3, Sequence(SamplingParams(), (0,), 1))
     logits = torch.randn(1, 5).bfloat16()
     from_lists = bench.sampler.sample(logits, [3], [1], bench.state, bench.tokens)
-    from_tensors = bench.sampler.sample(logits, torch.tensor([3]), torch.tensor([1]), bench.state, bench.tokens)
-    assert torch.equal(from_lists.token_ids, from_tensors.token_ids)
+    from_arrays = bench.sampler.sample(logits, np.array([3]), np.array([1]), bench.state, bench.tokens)
+    assert torch.equal(from_lists.token_ids, from_arrays.token_ids)
     assert from_lists.token_ids.dtype == torch.int64
 
 

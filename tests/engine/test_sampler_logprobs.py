@@ -18,6 +18,9 @@ from octavo.engine.runner.logprobs import prompt_logprobs
 from octavo.engine.runner.sampler import Sampler
 from octavo.engine.runner.sampling_state import SamplingState
 from octavo.engine.types import TokenLogprobs
+from octavo.kernels import ops
+
+OPS = ops.select(torch.device("cpu"), torch.float32)
 
 
 def check(entry: TokenLogprobs, logits: np.ndarray, token: int, k: int) -> None:
@@ -46,18 +49,18 @@ def test_prompt_logprobs_are_the_definition(seed: int, vocab: int, k: int, coars
     logits = torch.from_numpy(rng.normal(0, 4, (4, vocab)).astype(np.float32))
     logits = logits.bfloat16() if coarse else logits
     targets = torch.from_numpy(rng.integers(0, vocab, 4))
-    entries = prompt_logprobs(logits, targets, k)
+    entries = prompt_logprobs(OPS, logits, targets, k)
     for row, token, entry in zip(logits.float().numpy(), targets.tolist(), entries, strict=True):
         check(entry, row, token, k)
 
 
 def test_prompt_logprobs_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch):
     logits, targets = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)), torch.arange(50)
-    whole = prompt_logprobs(logits, targets, 3)
+    whole = prompt_logprobs(OPS, logits, targets, 3)
     for piece in (1, 700, 301 * 49):
         monkeypatch.setattr(module, "_PIECE", piece)
-        assert prompt_logprobs(logits, targets, 3) == whole
-    assert prompt_logprobs(logits[:0], targets[:0], 3) == ()
+        assert prompt_logprobs(OPS, logits, targets, 3) == whole
+    assert prompt_logprobs(OPS, logits[:0], targets[:0], 3) == ()
 
 
 def sample(logits: torch.Tensor, params: list[SamplingParams]) -> list:
@@ -66,7 +69,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams]) -> list:
         state.enter(NewSequence(slot, (1, 2), 2, own, slot, ()))
     tokens = torch.zeros((len(params), 17), dtype=torch.int32)
     n = len(params)
-    return list(Sampler().sample(logits.clone(), list(range(n)), [2] * n, state, tokens).to_host())
+    return list(Sampler(OPS).sample(logits.clone(), list(range(n)), [2] * n, state, tokens).to_host())
 
 
 def test_drawn_tokens_carry_raw_logprobs_as_each_row_asked():
@@ -91,14 +94,14 @@ def test_logprobs_do_not_depend_on_the_batch():
         state = SamplingState(5, 16, 5000, torch.device("cpu"))
         state.enter(NewSequence(row, (1, 2), 2, params[row], row, ()))
         tokens = torch.zeros((5, 17), dtype=torch.int32)
-        alone = Sampler().sample(logits[row : row + 1].clone(), [row], [2], state, tokens).to_host()
+        alone = Sampler(OPS).sample(logits[row : row + 1].clone(), [row], [2], state, tokens).to_host()
         assert list(alone) == [together[row]]
 
 
 def test_minus_infinity_and_nan():
     """A token the model excludes is -inf; where the model is broken every log probability is, and none is NaN."""
     logits = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, torch.nan, 1.0]])
-    sound, broken = prompt_logprobs(logits, torch.tensor([1, 0]), -1)
+    sound, broken = prompt_logprobs(OPS, logits, torch.tensor([1, 0]), -1)
     assert sound.logprobs[0] == -math.inf
     assert sound.rank == 3
     assert set(broken.logprobs) == {-math.inf}
