@@ -21,6 +21,7 @@ from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
 from octavo.engine.requests import make_request
 from octavo.engine.text.tokenizer import Tokenizer
+from octavo.engine.types import TokenDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Step:
 
     wall: of the turn. waited: of it, blocked until the ranks were done; the rest is the host's own work. computed: how
     long the ranks worked on the step. model: of that, in the model and its head; the rest builds inputs and samples.
+    plan, commit: of the host's work, in the scheduler; the rest of it launches and makes text of tokens.
     """
 
     rows: int
@@ -38,11 +40,17 @@ class Step:
     waited_s: float
     computed_s: float
     model_s: float
+    plan_s: float = 0.0
+    commit_s: float = 0.0
 
     @property
     def host_s(self) -> float:
         """Scheduling, committing and detokenizing: hidden behind the ranks' work as long as it takes less than that."""
         return self.wall_s - self.waited_s
+
+    @property
+    def text_s(self) -> float:
+        return self.host_s - self.plan_s - self.commit_s
 
     @property
     def rank_bookkeeping_s(self) -> float:
@@ -101,6 +109,29 @@ class _TimedRunner:
         return getattr(self._runner, name)
 
 
+class _TimedScheduler:
+    """A scheduler (core/scheduler.py) that notes how long the last plan and the last commit took."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self.plan_s = self.commit_s = 0.0
+
+    def schedule(self) -> StepPlan | None:
+        begin = time.perf_counter()
+        plan: StepPlan | None = self._scheduler.schedule()
+        self.plan_s = time.perf_counter() - begin
+        return plan
+
+    def commit(self, result: StepResult) -> list[TokenDelta]:
+        begin = time.perf_counter()
+        deltas: list[TokenDelta] = self._scheduler.commit(result)
+        self.commit_s = time.perf_counter() - begin
+        return deltas
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
 class _Watched:
     """A process (core/engine.py) with a stopwatch. Remembers the plan, the result and the wait of the last step."""
 
@@ -137,6 +168,8 @@ class Bench:
             core.process._runner = self._runner = _TimedRunner(core.process._runner)
         self._process = _Watched(core.process)
         core.process = self._process
+        self._scheduler = _TimedScheduler(core.scheduler)
+        core.scheduler = self._scheduler
 
     def close(self) -> None:
         self.engine.core.close()
@@ -184,6 +217,8 @@ class Bench:
             waited_s=self._process.waited_s,
             computed_s=result.seconds,
             model_s=self._runner.model_s.pop(plan.step_id) if self._runner else result.seconds,
+            plan_s=self._scheduler.plan_s,
+            commit_s=self._scheduler.commit_s,
         )
 
 

@@ -42,7 +42,7 @@ class Worker:
         os.set_blocking(self._process.stdout.fileno(), False)
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
         self._unread = b""
-        self._frozen = False
+        self._closed = False
 
     def ask(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send a job, wait for its answer, freeze. Raises WorkerError."""
@@ -61,7 +61,10 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """Let it quit; after 20 seconds, kill it with all it started."""
+        """Let it quit; after 20 seconds, kill it with all it started. A second time does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             assert self._process.stdin is not None

@@ -80,3 +80,10 @@ def test_a_dead_or_silent_worker_is_an_error_not_a_hang(worker, output_len, word
     with pytest.raises(WorkerError, match=words):
         worker.ask({"op": "generate", "prompts": [[1]], "output_len": output_len}, 1.5)
     worker._process.kill()
+
+
+def test_a_worker_may_be_closed_twice(worker):
+    worker.ask({"op": "load", "model": "tiny", "max_rows": 4}, 30)
+    worker.close()
+    worker.close()
+    assert worker._process.poll() is not None
