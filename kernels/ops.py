@@ -56,7 +56,13 @@ class WriteKV(Protocol):
         value_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Store key, value [T, Hkv, D] into the caches [NB, Hkv, BS, D] at slot_mapping [T]; -1 skips. In place."""
+        """Store key, value [T, Hkv, D] into the caches at slot_mapping [T]; -1 skips. In place.
+
+        caches: [NB, Hkv, BS, D] of float32, bfloat16 or float16, or [NB, Hkv, BS, D + 4] of int8: of each block and
+        head first BS rows of D values, then BS float32 scales, one per row: what is stored is value * scale. The scale
+        is the largest magnitude of the row / 127; values are rounded to the nearest, ties to even. A row with an
+        infinity or NaN gets the scale NaN.
+        """
 
 
 class PagedAttention(Protocol):
@@ -72,10 +78,13 @@ class PagedAttention(Protocol):
     ) -> torch.Tensor:
         """Causal attention of the step's queries over the KV in their blocks.
 
-        query: [T, Hq, D]; caches: [NB, Hkv, BS, D], this step's KV already written. Returns [T, Hq, D], dtype of query.
+        query: [T, Hq, D]; caches: as WriteKV says, this step's KV already written. Returns [T, Hq, D], dtype of query.
         Query head h reads KV head h // (Hq // Hkv). `window` w: position p sees (p - w, p], that is w positions
-        with itself. `soft_cap` c: scores become c * tanh(score / c), after scaling, before the mask. Softmax in
-        float32.
+        with itself. `soft_cap` c: scores become c * tanh(score / c), after scaling, before the mask. Everything is
+        computed in float32, whatever the caches' type.
+
+        The native CPU body gives a query the same bits whatever else is in the step: alone or in a chunk of any size,
+        with any other sequences, blocks and number of threads.
         """
 
 
@@ -158,11 +167,24 @@ class TakeLogprobs(Protocol):
         """
 
 
-class Graph(Protocol):
-    """A forward that was recorded (a body's `record`)."""
+class NotRecordable(Exception):
+    """A forward computes something that a replay would leave out."""
 
-    def replay(self) -> Any:
+
+class Graph(Protocol):
+    """A forward that was recorded."""
+
+    def replay(self) -> torch.Tensor:
         """Do it again with what the inputs hold now. Returns what the recorded function returned, overwritten."""
+
+
+class Record(Protocol):
+    def __call__(self, forward: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
+        """Call `forward` and note the ops it calls, with the memory they read and write; its result comes along.
+
+        Between ops it may make views and nothing else. Memory is shared by all graphs: a recording or replay overwrites
+        what the last one returned. Raises NotRecordable.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +205,7 @@ class Ops:
     find_peaks: FindPeaks
     draw: Draw
     take_logprobs: TakeLogprobs
+    record: Record | None = None  # of the body that `linear` is from; None: it cannot
     bodies: tuple[tuple[str, str], ...] = ()  # (op, body) as chosen, for the start-up table
 
 
@@ -202,14 +225,15 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None, c
     bodies = [(name, body) for name in dict.fromkeys(names) if (body := _body(name, cpu_isa)) is not None]
     chosen: dict[str, Callable[..., object]] = {}
     took: list[tuple[str, str]] = []
-    for op in (f.name for f in fields(Ops) if f.name != "bodies"):
+    for op in (f.name for f in fields(Ops) if f.name not in ("record", "bodies")):
         for name, body in bodies:
             if body.available(device, dtype) and hasattr(body, op):
                 chosen[op] = getattr(body, op)
                 took.append((op, name))
                 break
     log.debug("kernel bodies: %s", took)
-    return Ops(**chosen, bodies=tuple(took))  # type: ignore[arg-type]
+    record = getattr(dict(bodies)[dict(took)["linear"]], "record", None)
+    return Ops(**chosen, record=record, bodies=tuple(took))  # type: ignore[arg-type]
 
 
 def _body(name: str, cpu_isa: str | None) -> Any:

@@ -42,8 +42,9 @@ class Buffers:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
+        self.max_num_seqs, self.table_width = max_num_seqs, -(-max_model_len // block_size)
         self._tokens = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
-        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._tables = np.zeros((max_num_seqs, self.table_width), dtype=np.int32)
         self._num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
         self.tokens = torch.from_numpy(self._tokens)
 

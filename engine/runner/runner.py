@@ -17,6 +17,7 @@ import torch
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.runner.buffers import Buffers, StepInputs
+from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool
 from octavo.engine.runner.logprobs import prompt_logprobs
 from octavo.engine.runner.sampler import Sampler
@@ -57,6 +58,7 @@ class Runner:
         device: torch.device,
     ) -> None:
         self.model = model
+        self.forward = StepGraphs(model, pool.caches, ops, buffers.max_num_seqs, buffers.table_width)
         self.pool = pool
         self.ops = ops
         self.buffers = buffers
@@ -69,7 +71,7 @@ class Runner:
         started = time.perf_counter()
         self._apply(plan)
         inputs = self.buffers.inputs(plan.rows, self.device)
-        hidden = self.model(inputs.input_ids, inputs.positions, self.pool.caches, inputs.attention)
+        hidden = self.forward(inputs)
         results = self._draw(plan.rows, inputs, hidden)
         return StepResult(plan.step_id, results, time.perf_counter() - started)
 

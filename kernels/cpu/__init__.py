@@ -3,7 +3,7 @@
 Knows tensors, their strides and the C ABI (abi.h). Does not know threads: it passes torch's count on, per call.
 `load` chooses the library; without one (no compiler at install time) there is no body and `ref` is used.
 
-Layout asked for: caches [NB, Hkv, BS, D] with contiguous blocks; the last dimension of everything else contiguous.
+Layout asked for: caches with contiguous blocks; the last dimension of everything else contiguous.
 query, key, value and x may be slices of a fused projection. What does not fit is copied first.
 """
 
@@ -24,20 +24,25 @@ from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Peaks
 
 __all__ = ["Body", "load"]
 
+# Of graphs' tensors. Address space: memory is used where it is written, some megabytes for a decode step.
+ARENA_BYTES = 1 << 30
+
 # dtype → the C ABI's flag. Another dtype is a KeyError: better than reading its bytes as float32.
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
+CACHE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class Body:
     """The ops, bound to one compiled library. `isa` names its instruction set.
 
-    One per engine: between `record`'s begin and end, what is called is noted, whoever calls.
+    One per engine: while `record` runs, what is called is noted, whoever calls.
     """
 
     def __init__(self, isa: str, library: ctypes.CDLL, functions: Mapping[str, Op]) -> None:
         self.isa = isa
         self._library, self._ops = library, functions
         self._recorder: Recorder | None = None
+        self._arena: Arena | None = None
 
     def _call(self, name: str, *arguments: float) -> None:
         op = self._ops[name]
@@ -49,19 +54,17 @@ class Body:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype) if self._recorder is None else self._recorder.arena.empty(shape, dtype)
 
-    def record(self, function: Callable[[], Tensor], arena: Arena) -> Graph:
-        """Call `function`, which may use these ops and views alone, and note what it does; see graph.py.
-
-        Raises NotRecordable.
-        """
-        arena.reset()
-        with Recorder(arena) as recorder:
+    def record(self, forward: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        if self._arena is None:
+            self._arena = Arena(ARENA_BYTES)
+        self._arena.reset()
+        with Recorder(self._arena) as recorder:
             self._recorder = recorder
             try:
-                outputs = function()
+                outputs = forward()
             finally:
                 self._recorder = None
-        return Graph(self._library, recorder.calls, recorder.kept, outputs)
+        return Graph(self._library, recorder.calls, outputs), outputs
 
     @staticmethod
     def available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -108,7 +111,7 @@ class Body:
             window or 0,
             soft_cap or 0.0,
             BF16[query.dtype],
-            BF16[key_cache.dtype],
+            CACHE[key_cache.dtype],
             get_num_threads(),
         )
         return out
@@ -139,7 +142,7 @@ class Body:
             key_cache.stride(0),
             value_cache.stride(0),
             BF16[key.dtype],
-            BF16[key_cache.dtype],
+            CACHE[key_cache.dtype],
             get_num_threads(),
         )
         return None

@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from octavo.kernels.cpu.library import Op
+from octavo.kernels.ops import NotRecordable
 
 # What torch may do between native ops: make views, and nothing else. (Memory comes from the arena.)
 _VIEWS = frozenset(
@@ -27,10 +28,6 @@ _VIEWS = frozenset(
     | {"transpose", "permute", "expand", "alias", "as_strided", "detach", "narrow", "unbind"}
 )
 _ALIGNMENT = 64
-
-
-class NotRecordable(Exception):
-    """The forward computes something in torch, which a replay would leave out."""
 
 
 class Arena:
@@ -81,7 +78,7 @@ class Arena:
 class Graph:
     """Recorded calls. `outputs`: what the recorded function returned; overwritten by every replay."""
 
-    def __init__(self, library: ctypes.CDLL, calls: list[tuple[Op, bytes]], kept: list[Any], outputs: Any) -> None:
+    def __init__(self, library: ctypes.CDLL, calls: list[tuple[Op, bytes]], outputs: torch.Tensor) -> None:
         self.outputs = outputs
         self._replay = library.octavo_replay
         self._arguments = [ctypes.create_string_buffer(arguments, len(arguments)) for _, arguments in calls]
@@ -89,13 +86,12 @@ class Graph:
             [(op.address, ctypes.addressof(at)) for (op, _), at in zip(calls, self._arguments, strict=True)],
             dtype=np.uint64,
         )
-        self._address, self._kept = self._calls.ctypes.data, kept
+        self._address = self._calls.ctypes.data
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def replay(self) -> Any:
-        """Do it again with what the inputs hold now; returns `outputs`."""
+    def replay(self) -> torch.Tensor:
         self._replay(self._address, len(self._calls))
         return self.outputs
 
@@ -107,7 +103,6 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.arena = arena
         self.calls: list[tuple[Op, bytes]] = []
-        self.kept: list[Any] = []  # what the calls point to and the arena does not own
 
     def add(self, op: Op, arguments: bytes) -> None:
         self.calls.append((op, arguments))

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from octavo.kernels import cpu, ref
-from octavo.kernels.cpu.graph import Arena, NotRecordable
 from octavo.kernels.cpu.library import runnable
 from octavo.kernels.matrix import Matrix, join
 
@@ -155,50 +154,3 @@ def test_reordered_inputs(body: cpu.Body) -> None:
     check(actual, ref.linear(x, tuple(parts)))
     exact = torch.cat([x @ part.dequantize().T for part in parts], dim=1)
     assert ((actual - exact).norm() / exact.norm()) < 0.01
-
-
-def test_a_graph_repeats_what_was_recorded(body: cpu.Body) -> None:
-    first, second = body.pack_linear([FORMS["Q4_1"](128, 96)]), body.pack_linear([FORMS["bfloat16"](96, 64)])
-    norm = torch.rand(96)
-    x = torch.randn(3, 96)
-
-    def forward() -> torch.Tensor:
-        hidden = body.rms_norm(x, norm, 1e-6)
-        hidden = body.silu_and_mul(body.linear(hidden, first))
-        hidden = body.linear(hidden.view(3, 64), second)
-        return body.rms_norm(hidden, norm, 1e-6)
-
-    graph = body.record(forward, Arena(1 << 20))
-    assert len(graph) == 5
-    for _ in range(3):
-        x.normal_()
-        expected = forward()
-        assert torch.equal(graph.replay(), expected)
-
-
-def test_a_graph_refuses_what_it_would_not_repeat(body: cpu.Body) -> None:
-    x = torch.randn(3, 96)
-    with pytest.raises(NotRecordable, match="add"):
-        body.record(lambda: body.rms_norm(x + 1, x[0], 1e-6), Arena(1 << 20))
-    with pytest.raises(NotRecordable, match="memory"):
-        body.record(lambda: body.rms_norm(x, x[0], 1e-6), Arena(1 << 10))
-    assert len(body.record(lambda: body.rms_norm(x, x[0], 1e-6), Arena(1 << 20))) == 1
-
-
-def test_memory_that_is_given_back_in_a_recording_is_used_again(body: cpu.Body) -> None:
-    arena = Arena(1 << 20)
-    x = torch.randn(2, 64)
-
-    def forward() -> torch.Tensor:
-        hidden = body.rms_norm(x, x[0], 1e-6)
-        first = hidden.data_ptr()
-        del hidden
-        hidden = body.rms_norm(x, x[1], 1e-6)
-        assert hidden.data_ptr() == first
-        view = hidden.view(-1)[:32]
-        del hidden
-        other = body.rms_norm(x, x[0], 1e-6)
-        assert other.data_ptr() != first, "a view still needs it"
-        return body.rms_norm(view.view(1, 32), x[0, :32], 1e-6)
-
-    body.record(forward, arena)
