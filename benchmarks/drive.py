@@ -67,42 +67,37 @@ class Run:
     token_ids: tuple[tuple[int, ...], ...]
 
 
-class _TimedModel:
-    """Adds up the time spent in a model."""
+class _Stopwatch:
+    """Adds up the time spent in calls."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __call__(self, *args: Any) -> Any:
-        return self._timed(self._model, *args)
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                self.seconds += time.perf_counter() - begin
 
-    def logits(self, *args: Any) -> Any:
-        return self._timed(self._model.logits, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
-        begin = time.perf_counter()
-        try:
-            return call(*args)
-        finally:
-            self.seconds += time.perf_counter() - begin
+        return timed
 
 
 class _TimedRunner:
-    """A runner (runner/runner.py) that notes, per step, the time spent in its model."""
+    """A runner (runner/runner.py) that notes, per step, the time spent in its model's forward and head."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._model = runner.model = _TimedModel(runner.model)
+        self._watch = _Stopwatch()
+        runner.forward = self._watch.around(runner.forward)
+        runner.model.logits = self._watch.around(runner.model.logits)
         self.model_s: dict[int, float] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
-        self._model.seconds = 0.0
+        self._watch.seconds = 0.0
         result: StepResult = self._runner.execute(plan)
-        self.model_s[plan.step_id] = self._model.seconds
+        self.model_s[plan.step_id] = self._watch.seconds
         return result
 
     def __getattr__(self, name: str) -> Any:
