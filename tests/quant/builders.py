@@ -38,16 +38,26 @@ _ARCHES = {
 }
 
 
-def sizes(name: str, width: int = 64, inner: int = 128) -> dict[str, int]:
-    """Of a case of tests/models/tiny.py whose matrices hold whole groups of 32 (or 256) inputs."""
+def sizes(name: str) -> dict[str, int]:
+    """Of a case of tests/models/tiny.py: matrices hold whole groups of 32 inputs, and GGUF can express the config."""
     if name.startswith("gpt2"):
-        return {"n_embd": width, "n_inner": inner}
-    return {"hidden_size": width, "intermediate_size": inner, "head_dim": 16}
+        return {"n_embd": 64}
+    gemma = {"query_pre_attn_scalar": 16} if name.startswith("gemma") else {}
+    return {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16} | gemma
 
 
 def write_float(name: str, folder: Path, **more: int) -> Path:
-    """The float checkpoint of a case of tests/models/tiny.py, in sizes that can be quantized."""
-    tiny.model(name, **(sizes(name) | more)).save_pretrained(folder)
+    """The float checkpoint of a case of tests/models/tiny.py, in sizes that can be quantized.
+
+    Its layers' matrices are narrower than there: they neither shrink nor blow up what goes through them, so that a
+    rounding error stays about as large as it was.
+    """
+    model = tiny.model(name, **(sizes(name) | more))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 2 and _IN_LAYERS.search(path):
+                parameter.mul_(3.2 / parameter.shape[1] ** 0.5)
+    model.save_pretrained(folder)
     return folder
 
 
