@@ -52,6 +52,7 @@ FLAGS: tuple[Flag, ...] = (
         "engine",
         "Memory",
         kv_cache_memory_bytes="Size of the KV cache, for example 4GiB.",
+        kv_cache_dtype="Type of the KV cache: auto, float32, bfloat16 or int8.",
         gpu_memory_utilization="Part of the GPU's memory to use, 0 to 1.",
         block_size="Tokens per KV block.",
         num_gpu_blocks_override="Exact number of KV blocks.",
@@ -72,6 +73,7 @@ FLAGS: tuple[Flag, ...] = (
         "engine",
         "Device",
         device="auto, cpu or cuda.",
+        batch_invariant="Start only where a request's logits are the same bits in any batch, as on CPU.",
         kernels="Force one body of the kernels: ref or cpu.",
     ),
     *_panel(

@@ -295,7 +295,9 @@ def _announce(
     console.print(start_up.table(info))
     name = _served_name(config)
     blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"
-    console.print(f"[bold]{name}[/bold]: {info.dtype} on {info.device}, context {info.max_model_len:,}, {blocks}")
+    weights = "" if info.quantization == "none" else f", {info.quantization} weights"
+    what = f"{info.dtype}{weights} on {info.device}, context {info.max_model_len:,}, {blocks}"
+    console.print(f"[bold]{name}[/bold]: {what}")
     console.print(f"[bold green]Serving at {options.url}/v1[/bold green]  (Ctrl-C stops)")
     if dashboard is not None:
         console.print(f"Ray dashboard at {dashboard} (`ray get-auth-token` prints its token)")

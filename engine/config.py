@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from octavo.engine.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVDType = Literal["auto", "float32", "bfloat16", "int8"]
 Policy = Literal["fcfs", "priority"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8", "gguf", "gptq", "awq", "compressed-tensors"]
 
@@ -26,6 +27,7 @@ class EngineConfig:
     num_gpu_blocks_override: exact number of KV blocks (on CPU too; the name is vLLM's).
     kv_cache_memory_bytes: KV pool size; None = on GPU from gpu_memory_utilization, on CPU 4 GiB or, if less, a quarter
         of the free memory.
+    kv_cache_dtype: what KV is stored in; auto = the model's dtype. int8 has a float32 scale per token and head.
     max_num_batched_tokens: the token budget of a step. max_num_seqs: the most rows of a step.
     max_num_queued_reqs: waiting requests beyond which new ones get CapacityError; None = no limit.
     long_prefill_token_threshold: the most prompt tokens one sequence may compute in a step; 0 = only the token budget.
@@ -36,6 +38,8 @@ class EngineConfig:
     quantization: auto = as the checkpoint is; none = floats, whatever the checkpoint is; int8, int4, fp8 = made of any
         checkpoint while loading; the name of a checkpoint's own format asks for just that.
     quantize_lm_head: false = the head (and an embedding tied to it) stays in floats.
+    batch_invariant: a request gets bit-identical logits alone or batched, whole or in chunks, fresh or resumed. The
+        native CPU ops do so always; true = refuse to start where it is not so.
     kernels: force one kernel body ("ref", "cpu"); None = the best available.
     """
 
@@ -51,6 +55,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: KVDType = "auto"
     enable_prefix_caching: bool = True
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -62,6 +67,7 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: Quantization = "auto"
     quantize_lm_head: bool = True
+    batch_invariant: bool = False
     kernels: str | None = None
     trust_remote_code: bool = False
 
@@ -74,6 +80,7 @@ class EngineConfig:
         _at_least("max_num_queued_reqs", self.max_num_queued_reqs, 0)
         _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _one_of("quantization", self.quantization, get_args(Quantization))

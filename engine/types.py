@@ -106,6 +106,7 @@ class EngineInfo:
     """What a built engine is: facts read from its checkpoint or measured at start.
 
     `eos_token_ids`: tokens that end a sequence unless ignored. `phases`: (name, seconds) of the start-up, in order.
+    `quantization`: number format of the weights, "none" for floats. `batch_invariant`: see EngineConfig.
     """
 
     model: str
@@ -118,6 +119,8 @@ class EngineInfo:
     num_blocks: int
     generation_defaults: GenerationDefaults = GenerationDefaults()
     phases: tuple[tuple[str, float], ...] = ()
+    quantization: str = "none"
+    batch_invariant: bool = False
 
 
 @dataclass(slots=True)

@@ -205,6 +205,7 @@ class Ops:
     find_peaks: FindPeaks
     draw: Draw
     take_logprobs: TakeLogprobs
+    batch_invariant: bool = False  # every op's bits for a row are independent of the other rows
     record: Record | None = None  # of the body that `linear` is from; None: it cannot
     bodies: tuple[tuple[str, str], ...] = ()  # (op, body) as chosen, for the start-up table
 
@@ -225,15 +226,17 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None, c
     bodies = [(name, body) for name in dict.fromkeys(names) if (body := _body(name, cpu_isa)) is not None]
     chosen: dict[str, Callable[..., object]] = {}
     took: list[tuple[str, str]] = []
-    for op in (f.name for f in fields(Ops) if f.name not in ("record", "bodies")):
+    for op in (f.name for f in fields(Ops) if f.name not in ("batch_invariant", "record", "bodies")):
         for name, body in bodies:
             if body.available(device, dtype) and hasattr(body, op):
                 chosen[op] = getattr(body, op)
                 took.append((op, name))
                 break
     log.debug("kernel bodies: %s", took)
+    used = [body for name, body in bodies if name in dict(took).values()]
     record = getattr(dict(bodies)[dict(took)["linear"]], "record", None)
-    return Ops(**chosen, record=record, bodies=tuple(took))  # type: ignore[arg-type]
+    invariant = all(getattr(body, "batch_invariant", False) for body in used)
+    return Ops(**chosen, batch_invariant=invariant, record=record, bodies=tuple(took))  # type: ignore[arg-type]
 
 
 def _body(name: str, cpu_isa: str | None) -> Any:

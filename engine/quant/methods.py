@@ -18,8 +18,10 @@ ON_LOAD = ("int8", "int4", "fp8")
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """linear: of linear layers; head: of the head and a table tied to it; table: of other embedding tables."""
+    """name: of the number format; linear: of linear layers; head: of the head and a table tied to it; table: of other
+    embedding tables."""
 
+    name: str
     linear: LinearMethod
     head: LinearMethod
     table: LinearMethod
@@ -35,7 +37,7 @@ def choose_methods(quantization: str, quantize_lm_head: bool, stored: str | None
     if quantization in ON_LOAD:
         quantized = PackedMethod(ops, quantizer(quantization), dequantize=True)
         plain = PackedMethod(ops, dequantize=True) if native else Unquantized()
-        return Methods(quantized, quantized if quantize_lm_head else plain, plain)
+        return Methods(quantization, quantized, quantized if quantize_lm_head else plain, plain)
     if quantization not in ("auto", "none", stored):
         has = f"is in {stored}" if stored else "holds floats"
         raise ConfigError(
@@ -44,6 +46,6 @@ def choose_methods(quantization: str, quantize_lm_head: bool, stored: str | None
         )
     if quantization == "none" or stored is None:
         plain = PackedMethod(ops, dequantize=True) if native else Unquantized()
-        return Methods(plain, plain, plain)
+        return Methods("none", plain, plain, plain)
     kept = PackedMethod(ops)
-    return Methods(kept, kept if quantize_lm_head else PackedMethod(ops, dequantize=True), kept)
+    return Methods(stored, kept, kept if quantize_lm_head else PackedMethod(ops, dequantize=True), kept)

@@ -64,6 +64,7 @@ def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInf
             dtype=dtype,
             device=device,
             max_model_len=length,
+            kv_dtype=pick_kv_dtype(config.kv_cache_dtype, dtype, device),
             linear_method=methods.linear,
             head_method=methods.head,
             table_method=methods.table,
@@ -90,6 +91,8 @@ def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInf
             block_size=config.block_size,
             num_blocks=num_blocks,
             generation_defaults=checkpoint.generation_defaults or GenerationDefaults(),
+            quantization=methods.name,
+            batch_invariant=ops.batch_invariant,
         )
         pool = KVPool.allocate(specs, num_blocks, config.block_size, device)
         buffers = Buffers(config.max_num_seqs, length, config.block_size)
@@ -113,6 +116,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def pick_kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """auto = the model's."""
+    if name == "int8" and device.type != "cpu":
+        raise ConfigError("kv_cache_dtype int8 runs on CPU only so far: use auto, float32 or bfloat16.")
+    return dtype if name == "auto" else getattr(torch, name)
+
+
 def _cpu_has_bf16() -> bool:
     cpu = torch.backends.cpu.get_cpu_capability()
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -133,9 +143,16 @@ def _one_thread() -> Iterator[None]:
 
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> kernel_ops.Ops:
     try:
-        return kernel_ops.select(device, dtype, config.kernels, env.cpu_isa())
+        ops = kernel_ops.select(device, dtype, config.kernels, env.cpu_isa())
     except (ValueError, ImportError) as error:
         raise ConfigError(f"These kernels cannot be used here: {error}.") from error
+    if config.batch_invariant and not ops.batch_invariant:
+        bodies = ", ".join(sorted({body for _, body in ops.bodies}))
+        raise ConfigError(
+            f"batch_invariant is not to be had with the {bodies} kernels and dtype {dtype}: only the native CPU ops "
+            f"guarantee it, in float32 and bfloat16."
+        )
+    return ops
 
 
 def _context_length(config: EngineConfig, of_model: int) -> int:

@@ -38,6 +38,8 @@ class Body:
     One per engine: while `record` runs, what is called is noted, whoever calls.
     """
 
+    batch_invariant = True
+
     def __init__(self, isa: str, library: ctypes.CDLL, functions: Mapping[str, Op]) -> None:
         self.isa = isa
         self._library, self._ops = library, functions
