@@ -78,8 +78,8 @@ class SelfAttention(nn.Module):
         )
         self.o_proj = RowParallelLinear(ctx, spec.num_heads * spec.head_size, spec.width, bias=spec.out_bias)
         self.q_norm, self.k_norm, self.rotary = q_norm, k_norm, rotary
-        dtype = str(ctx.dtype).removeprefix("torch.")
-        kv_spec = KVSpec(kv_heads, spec.head_size, dtype, spec.window)
+        kv_dtype = str(ctx.kv_dtype or ctx.dtype).removeprefix("torch.")
+        kv_spec = KVSpec(kv_heads, spec.head_size, kv_dtype, spec.window)
         self.attention = Attention(ctx, index, kv_spec, spec.scale, spec.soft_cap)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch) -> torch.Tensor:

@@ -15,9 +15,10 @@ from octavo.kernels.ops import Ops
 class BuildContext:
     """Everything about the build that is not the model's own config.
 
-    dtype: of weights and activations. max_model_len: the longest sequence that will be served, in tokens: positions are
-    0 … max_model_len - 1; None = the model's own limit (`build_model` fills it in). How matrices are kept and applied:
-    linear_method those of linear layers, head_method the head's and a table tied to it, table_method other tables.
+    dtype: of weights and activations. kv_dtype: that KV is stored in; None = dtype. max_model_len: the longest sequence
+    that will be served, in tokens: positions are 0 … max_model_len - 1; None = the model's own limit (`build_model`
+    fills it in). How matrices are kept and applied: linear_method those of linear layers, head_method the head's and a
+    table tied to it, table_method other tables.
     """
 
     mesh: Mesh
@@ -25,6 +26,7 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     max_model_len: int | None = None
+    kv_dtype: torch.dtype | None = None
     linear_method: LinearMethod = field(default_factory=Unquantized)
     head_method: LinearMethod = field(default_factory=Unquantized)
     table_method: LinearMethod = field(default_factory=Unquantized)

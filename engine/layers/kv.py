@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+INT8_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
     """KV of one layer on this rank: key and value, each [num_kv_heads, head_size] per token.
 
+    dtype: as stored; int8 comes with a float32 scale per token and head, that lies in the block too (ops.WriteKV).
     window: positions further back than this are never read again; None = all are.
     """
 
@@ -20,5 +22,10 @@ class KVSpec:
     window: int | None = None
 
     @property
+    def row_size(self) -> int:
+        """Elements of `dtype` that a token's key, or value, of one head takes."""
+        return self.head_size + (INT8_SCALE_BYTES if self.dtype == "int8" else 0)
+
+    @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_kv_heads * self.head_size * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_kv_heads * self.row_size * DTYPE_BYTES[self.dtype]

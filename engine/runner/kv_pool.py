@@ -23,7 +23,7 @@ CPU_DEFAULT_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """caches: per attention layer (key, value), each [NB, Hkv, BS, D]. On CPU only written blocks use memory."""
+    """caches: per attention layer (key, value), each as ops.WriteKV says. On CPU only written blocks use memory."""
 
     caches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     block_size: int
@@ -32,7 +32,7 @@ class KVPool:
     def allocate(cls, specs: Sequence[KVSpec], num_blocks: int, block_size: int, device: torch.device) -> KVPool:
         def cache(spec: KVSpec) -> torch.Tensor:
             # Zeros, not empty: masked positions are multiplied by 0, and 0 * NaN would be NaN.
-            shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_size)
+            shape = (num_blocks, spec.num_kv_heads, block_size, spec.row_size)
             dtype = getattr(torch, spec.dtype)
             return _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 

@@ -24,6 +24,8 @@ OCTAVO_API void octavo_replay(const Call* calls, int64_t count) {
     for (int64_t i = 0; i < count; i++) calls[i].op(calls[i].arguments);
 }
 
+enum CacheType : int64_t { CACHE_FLOAT32, CACHE_BFLOAT16, CACHE_INT8 };
+
 struct PagedAttentionArguments {
     void* out;
     const void *query, *keys, *values;
@@ -33,7 +35,7 @@ struct PagedAttentionArguments {
     double scale;
     int64_t window;
     double cap;
-    int64_t query_bf16, cache_bf16, threads;
+    int64_t query_bf16, cache, threads;  // cache: a CacheType
 };
 OCTAVO_API void octavo_paged_attention(const PagedAttentionArguments* of) {
     Attention a;
@@ -45,10 +47,11 @@ OCTAVO_API void octavo_paged_attention(const PagedAttentionArguments* of) {
     a.d = of->d, a.block_size = of->block_size;
     a.scale = (float)of->scale, a.window = of->window, a.cap = (float)of->cap;
     a.query_bf16 = of->query_bf16 != 0, a.threads = (int)of->threads;
-    if (of->cache_bf16)
-        paged_attention<bf16>(a);
-    else
-        paged_attention<float>(a);
+    switch (of->cache) {
+        case CACHE_FLOAT32: return paged_attention<float>(a);
+        case CACHE_BFLOAT16: return paged_attention<bf16>(a);
+        case CACHE_INT8: return paged_attention<int8_t>(a);
+    }
 }
 
 struct WriteKVArguments {
@@ -56,7 +59,7 @@ struct WriteKVArguments {
     void *keys, *values;
     const int64_t* slots;
     int64_t tokens, heads, d, block_size, key_stride, key_head_stride, value_stride, value_head_stride;
-    int64_t keys_stride, values_stride, bf16_, cache_bf16, threads;
+    int64_t keys_stride, values_stride, bf16_, cache, threads;  // cache: a CacheType
 };
 OCTAVO_API void octavo_write_kv(const WriteKVArguments* of) {
     auto run = [&](auto* k, auto* v, auto* kc, auto* vc) {
@@ -65,10 +68,11 @@ OCTAVO_API void octavo_write_kv(const WriteKVArguments* of) {
                  (int)of->threads);
     };
     auto from = [&](auto* k, auto* v) {
-        if (of->cache_bf16)
-            run(k, v, (bf16*)of->keys, (bf16*)of->values);
-        else
-            run(k, v, (float*)of->keys, (float*)of->values);
+        switch (of->cache) {
+            case CACHE_FLOAT32: return run(k, v, (float*)of->keys, (float*)of->values);
+            case CACHE_BFLOAT16: return run(k, v, (bf16*)of->keys, (bf16*)of->values);
+            case CACHE_INT8: return run(k, v, (int8_t*)of->keys, (int8_t*)of->values);
+        }
     };
     if (of->bf16_)
         from((const bf16*)of->key, (const bf16*)of->value);

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cache.h"
 #include "simd.h"
 #include "team.h"
 
@@ -47,10 +48,6 @@ struct Attention {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// A cache of int8 keeps float32 scales, of the block's BS rows, behind the rows of each head.
-template <class T> constexpr bool SCALED = sizeof(T) == 1;
-template <class T> constexpr int64_t ROW_TAIL = SCALED<T> ? sizeof(float) : 0;
 
 // Some consecutive tokens of one sequence times the G query heads that read one KV head: its rows, token by token.
 struct Item {

@@ -7,6 +7,7 @@ queries that see only the KV they may look at. So the working memory is bounded,
 import torch
 
 from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.ref.cache import read_blocks
 
 MAX_GATHERED = 1 << 24  # elements of K (and of V) gathered at once for one-token rows
 MAX_QUERY_SLICE = 512  # queries of one row computed at once
@@ -50,7 +51,7 @@ def _one_token_rows(
     out: torch.Tensor,
 ) -> None:
     """Fill out's rows of the sequences `rows` (None = all, and the token of sequence s is token s)."""
-    num_kv_heads, block_size, head_size = key_cache.shape[1:]
+    (num_kv_heads, block_size), head_size = key_cache.shape[1:3], query.shape[2]
     width = -(-batch.max_context_len // block_size)
     if window is not None:  # a window starts anywhere in its first block
         width = min(width, -(-(window - 1) // block_size) + 1)
@@ -71,9 +72,9 @@ def _one_token_rows(
         position = (columns.unsqueeze(2) * block_size + offsets).flatten(1)  # [S, L]
         hidden = ((position < begin) | (position >= context))[:, None, :]  # [S, 1, L]
         shape = (len(context), num_kv_heads, width * block_size, head_size)
-        key = key_cache[blocks].transpose(1, 2).reshape(shape).float()
+        key = read_blocks(key_cache, blocks).transpose(1, 2).reshape(shape)
         # A hidden slot may hold anything, NaN too, and 0 * NaN would reach the sum.
-        value = value_cache[blocks].transpose(1, 2).reshape(shape).float()
+        value = read_blocks(value_cache, blocks).transpose(1, 2).reshape(shape)
         value = value.masked_fill(hidden.transpose(1, 2).unsqueeze(1), 0.0)
         grouped = query[some].reshape(len(context), num_kv_heads, -1, head_size)
         result = _attend(grouped, key, value, hidden.unsqueeze(1), scale, soft_cap).reshape(query[some].shape)
@@ -105,8 +106,8 @@ def _row(
         low -= low % block_size
         high = start + last  # KV positions [low, high) are seen by some query of the slice
         blocks = table[low // block_size : -(-high // block_size)]
-        key = key_cache[blocks].transpose(0, 1).flatten(1, 2)[:, : high - low].float()  # [Hkv, L, D]
-        value = value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, : high - low].float()
+        key = read_blocks(key_cache, blocks).transpose(0, 1).flatten(1, 2)[:, : high - low]  # [Hkv, L, D]
+        value = read_blocks(value_cache, blocks).transpose(0, 1).flatten(1, 2)[:, : high - low]
         at = torch.arange(start + first, high, device=query.device).unsqueeze(1)  # [t, 1]
         position = torch.arange(low, high, device=query.device)
         hidden = position > at

@@ -14,6 +14,7 @@ import torch
 from octavo.kernels import cpu, ops, ref
 from octavo.kernels.cpu.library import ISAS, cpu_flags, runnable
 from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.ref.cache import int8_parts
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
@@ -154,23 +155,64 @@ def test_paged_attention_with_a_bfloat16_cache_and_float32_queries(body: cpu.Bod
     close(body.paged_attention(*arguments), ref.paged_attention(*arguments))
 
 
-@pytest.mark.parametrize(("kv_heads", "head_size", "block_size"), [(3, 64, 16), (1, 80, 8), (2, 72, 128)])
-@pytest.mark.parametrize("cache_dtype", DTYPES, ids=["float32 cache", "bfloat16 cache"])
+def to_int8(cache: torch.Tensor) -> torch.Tensor:
+    """The cache as int8 with scales; slots that were NaN keep a scale that is."""
+    num_blocks, kv_heads, block_size, head_size = cache.shape
+    made = torch.empty(num_blocks, kv_heads, block_size, head_size + 4, dtype=torch.int8)
+    rows = cache.transpose(1, 2).reshape(-1, kv_heads, head_size)
+    ref.write_kv(rows, rows, made, made, torch.arange(len(rows)))
+    return made
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_paged_attention_with_an_int8_cache(body: cpu.Body, dtype: torch.dtype, case: str) -> None:
+    rows, heads, kv_heads, head_size, block_size, window, soft_cap = ATTENTION[case]
+    query, key_cache, value_cache, batch = make_attention(rows, heads, kv_heads, head_size, block_size, dtype)
+    arguments = (query, to_int8(key_cache), to_int8(value_cache), batch, head_size**-0.5, window, soft_cap)
+    actual = body.paged_attention(*arguments)
+    close(actual, ref.paged_attention(*arguments))
+    exact = ref.paged_attention(query, key_cache, value_cache, *arguments[3:])
+    assert (actual - exact).abs().max() < 0.05, "rounded to 8 bits, not to fewer"
+
+
+@pytest.mark.parametrize(("kv_heads", "head_size", "block_size"), [(3, 64, 16), (1, 80, 8), (2, 72, 128), (2, 12, 24)])
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.int8], ids=["float32", "bfloat16", "int8"])
 def test_write_kv(
     body: cpu.Body, dtype: torch.dtype, cache_dtype: torch.dtype, kv_heads: int, head_size: int, block_size: int
 ) -> None:
     num_tokens, num_blocks = 700, 5 + 700 // block_size
-    fused = torch.randn(num_tokens, 3 * kv_heads * head_size).to(dtype)
+    fused = (torch.randn(num_tokens, 3 * kv_heads * head_size) * torch.rand(num_tokens, 1).pow(9)).to(dtype)
     _, key, value = fused.view(num_tokens, 3, kv_heads, head_size).unbind(1)
     slots = torch.randperm(num_blocks * block_size)[:num_tokens]
     slots[::7] = -1
-    shape = (2, num_blocks, kv_heads, block_size, head_size)
+    row_size = head_size + (4 if cache_dtype == torch.int8 else 0)
+    shape = (2, num_blocks, kv_heads, block_size, row_size)
     actual, expected = torch.zeros(shape, dtype=cache_dtype), torch.zeros(shape, dtype=cache_dtype)
     body.write_kv(key, value, actual[0], actual[1], slots)
     ref.write_kv(key, value, expected[0], expected[1], slots)
     assert torch.equal(actual, expected)
     body.write_kv(key[:0], value[:0], actual[0], actual[1], slots[:0])
     assert torch.equal(actual, expected)
+
+
+def test_write_kv_rounds_to_int8(body: cpu.Body) -> None:
+    """Halves go to the even neighbour; nothing, and what is too small to divide by, become 0; NaN and infinity NaN."""
+    rows = torch.zeros(7, 1, 8)
+    rows[0, 0] = torch.tensor([127.0, 0.5, 1.5, -0.5, -1.5, 2.5, -126.4, -127.0])
+    rows[1, 0, 3] = -1e-3
+    rows[3, 0, 1] = 1e-42
+    rows[4, 0, 7], rows[5, 0, 0], rows[6, 0, 2] = float("inf"), float("nan"), float("-inf")
+    for write_kv in (body.write_kv, ref.write_kv):
+        key_cache, value_cache = torch.zeros(2, 1, 1, 8, 12, dtype=torch.int8)
+        write_kv(rows, -rows, key_cache, value_cache, torch.arange(7))
+        values, scales = int8_parts(key_cache)
+        assert values[0, 0, 0].tolist() == [127, 0, 2, 0, -2, 2, -126, -127]
+        assert values[0, 0, 1].tolist() == [0, 0, 0, -127, 0, 0, 0, 0]
+        assert not values[0, 0, 2:].any()
+        torch.testing.assert_close(
+            scales[0, 0, :7], torch.tensor([1.0, 1e-3 / 127, 0, 0, *[float("nan")] * 3]), equal_nan=True
+        )
+        assert torch.equal(int8_parts(value_cache)[0], -values)
 
 
 def test_write_kv_takes_keys_of_another_layout(body: cpu.Body, dtype: torch.dtype) -> None:
