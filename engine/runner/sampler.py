@@ -20,7 +20,7 @@ from octavo.engine.runner.logprobs import to_token_logprobs
 from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.engine.types import TokenLogprobs
 from octavo.kernels.ops import Ops
-from octavo.kernels.sampling import Draws, Logprobs, Peaks
+from octavo.kernels.sampling import Logprobs, Peaks
 
 _NOT_FINITE = "The model's logits are not finite numbers."
 _NOTHING_LEFT = "No token is left to draw: the masks (allowed_token_ids, bad_words, min_tokens) exclude them all."
@@ -71,14 +71,13 @@ class Sampler:
 
         logits: [R, V] float32, may be overwritten. slots: [R], each at most once. positions: [R], absolute position of
         the token being drawn. tokens: [max_num_seqs, max_model_len + 1] integer, a row per slot, filled below the
-        position. A row whose logits hold a NaN or +inf, or to which the masks leave
-        nothing, yields token 0 and is reported by `SampledTokens.to_host`; other rows do not notice. No device sync on
-        CUDA.
+        position. A row whose logits hold a NaN or +inf, or to which the masks leave nothing, yields token 0 and is
+        reported by `SampledTokens.to_host`; other rows do not notice. No device sync on CUDA.
         """
         logits = logits.to(torch.float32).contiguous()
         rows = state.rows(slots, positions)
         asking = np.flatnonzero(rows.logprobs != NO_LOGPROBS)
-        raw = _select(logits, asking)
+        raw = _select(logits, asking) if len(asking) else None
         if raw is logits and _edits(rows, state):
             raw = logits.clone()
         _edit(logits, rows, state, tokens)
@@ -87,7 +86,7 @@ class Sampler:
         counted = _members(rows.slots, state.penalties)
         if len(counted):
             state.penalties.count(rows.slots[counted], counted, drawn)
-        taken = self._take(raw, drawn, asking, rows)
+        taken = () if raw is None else self._take(raw, drawn, asking, rows)
         copies = _HostCopies((drawn, peaks.top, *(part for group in taken for part in group.logprobs.parts())))
         return SampledTokens(drawn, taken, copies)
 
@@ -96,15 +95,7 @@ class Sampler:
         drawing = np.flatnonzero(~rows.greedy)
         if not len(drawing):
             return peaks.token_ids
-        draws = Draws(
-            rows=drawing,
-            temperature=rows.temperature[drawing],
-            top_k=rows.top_k[drawing],
-            top_p=rows.top_p[drawing],
-            min_p=rows.min_p[drawing],
-            uniforms=state.uniforms(rows, drawing),
-        )
-        drawn = self._ops.draw(logits, peaks, draws)
+        drawn = self._ops.draw(logits, peaks, state.draws(rows, drawing))
         if len(drawing) == len(rows.slots):
             return drawn
         return peaks.token_ids.index_copy(0, torch.from_numpy(drawing).to(drawn.device), drawn)
@@ -142,7 +133,8 @@ def _edit(logits: torch.Tensor, rows: Rows, state: SamplingState, tokens: torch.
     if len(worded):
         _mask_bad_words(logits, worded, rows, state, tokens)
     stopless = _members(rows.slots, state.stops)
-    stopless = stopless[state.below_min_tokens(rows)[stopless]]
+    if len(stopless):
+        stopless = stopless[state.below_min_tokens(rows)[stopless]]
     if len(stopless):
         logits[_pairs(stopless, [state.stops[slot] for slot in rows.slots[stopless].tolist()])] = -torch.inf
     biased = _members(rows.slots, state.bias)

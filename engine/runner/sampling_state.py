@@ -20,9 +20,9 @@ import torch
 from octavo.engine.core.plan import NewSequence
 from octavo.engine.params import SamplingParams
 from octavo.engine.runner.philox import Ahead
+from octavo.kernels.sampling import Draws
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 NO_LOGPROBS = -2
 # 1 / temperature stays a normal float32, so that it times an infinite distance is infinite and not NaN.
@@ -52,10 +52,6 @@ class Rows:
     positions: Ints
     num_output: Ints  # tokens generated before this draw
     greedy: npt.NDArray[np.bool_]
-    temperature: Floats
-    top_k: Ints  # vocabulary size = all
-    top_p: Floats
-    min_p: Floats
     logprobs: Ints  # NO_LOGPROBS, -1 = whole vocabulary, else k
 
 
@@ -73,7 +69,7 @@ class SamplingState:
         self._min_tokens = np.zeros(max_num_seqs, np.int64)
         self._greedy = np.ones(max_num_seqs, np.bool_)
         self._temperature = np.ones(max_num_seqs, np.float64)
-        self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
+        self._top_k = np.full(max_num_seqs, vocab_size, np.int64)  # vocabulary size = all
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
@@ -132,17 +128,20 @@ class SamplingState:
             positions=place,
             num_output=place - self._num_prompt[at],
             greedy=self._greedy[at],
+            logprobs=self._logprobs[at],
+        )
+
+    def draws(self, rows: Rows, which: Ints) -> Draws:
+        """How the rows `which` [N] are drawn."""
+        at = rows.slots[which]
+        return Draws(
+            rows=which,
             temperature=self._temperature[at],
             top_k=self._top_k[at],
             top_p=self._top_p[at],
             min_p=self._min_p[at],
-            logprobs=self._logprobs[at],
+            uniforms=self._uniforms.take(at, self._seeds[at], rows.positions[which]),
         )
-
-    def uniforms(self, rows: Rows, which: Ints) -> Floats:
-        """[N]: the random numbers of the rows `which` [N]."""
-        slots = rows.slots[which]
-        return self._uniforms.take(slots, self._seeds[slots], rows.positions[which])
 
     def below_min_tokens(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """[R]: the row has not yet put out its min_tokens."""

@@ -33,6 +33,22 @@ inline bool any(vi mask) {
 #endif
 }
 
+// Writes the lanes of x that are in the mask, and what it likes up to out + W; returns how many.
+inline int64_t append(float* out, vf x, vi mask) {
+#if defined(__AVX512F__)
+    __mmask16 lanes = _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(lanes, (__m512)x));
+    return __builtin_popcount(lanes);
+#else
+    int64_t n = 0;
+    for (int i = 0; i < W; i++) {
+        out[n] = x[i];
+        n -= mask[i];
+    }
+    return n;
+#endif
+}
+
 inline vf lane() {
     vf x;
     for (int i = 0; i < W; i++) x[i] = (float)i;
@@ -146,18 +162,16 @@ inline int64_t collect(const Row& row, const float* maxima, float top, float bou
     int64_t n = 0;
     for (int64_t b = 0; b < row.blocks; b++) {
         if (!(top - maxima[b] <= bound)) continue;
-        const float* x = row.block(b);
-        for (int64_t i = 0; i < BLOCK; i++) {
-            float gap = top - x[i];
-            out[n] = gap;
-            n += gap <= bound;
+        for (int64_t v = 0; v < VECTORS; v++) {
+            vf gap = top - load(row.block(b) + v * W);
+            n += append(out + n, gap, gap <= splat(bound));
         }
     }
     return n;
 }
 
 // The gap at which, in ascending order, the sum of their terms reaches `wanted`; INFINITE if it never does. gaps: finite, n
-// of them, overwritten. Buckets narrow them down to the few that are worth sorting. The terms of a bucket are summed in
+// of them and room for W more, overwritten. Buckets narrow them down to the few that are worth sorting. The terms of a bucket are summed in
 // the order given, which is why every caller keeps to token order.
 template <class Term> float crossing(float* gaps, int64_t n, double wanted, Term term) {
     constexpr int BUCKETS = 256;
@@ -190,11 +204,8 @@ template <class Term> float crossing(float* gaps, int64_t n, double wanted, Term
         int64_t kept = 0;
         for (int64_t i = 0; i < n; i += W) {
             vf gap = load_at(gaps, i, n);
-            vi bucket = bucket_of(gap);
-            for (int j = 0; j < W && i + j < n; j++) {
-                gaps[kept] = gap[j];
-                kept += bucket[j] == crossed;
-            }
+            vi wanted_lanes = (bucket_of(gap) == crossed) & (lane() < splat((float)(n - i)));
+            kept += append(gaps + kept, gap, wanted_lanes);
         }
         n = kept;
     }
@@ -264,9 +275,24 @@ inline Place find(const float* sums, int64_t n, double uniform) {
     return {n - 1, 0};
 }
 
-// The largest gap kept by min_p, top_k and top_p. mass: the row's sum, where neither min_p nor top_k bounds it.
-inline float limit_of(const Draw& a, int64_t i, const Row& row, const float* maxima, Weights weights, bool bounded,
-                      double mass, float* spare) {
+// A gap, in units of the temperature, beyond which all tokens together weigh at most `spared`.
+inline float spared_beyond(const float* sums, int64_t blocks, double spared) {
+    float gap = 0;
+    for (; gap < 80; gap += 0.5f) {
+        vf most = splat(BLOCK * std::exp(-gap)), total{};  // what a block's tokens beyond it weigh at most
+        for (int64_t b = 0; b < blocks; b += W) {
+            vf sum = load_at(sums, b, blocks);
+            total += sum < most ? sum : most;
+        }
+        if ((double)sum_lanes(total) <= spared) break;
+    }
+    return gap;
+}
+
+// The largest gap kept by min_p, top_k and top_p. sums: of the row's blocks; null where min_p or top_k bounds it, so
+// that its mass is that of the tokens they keep.
+inline float limit_of(const Draw& a, int64_t i, const Row& row, const float* maxima, Weights weights, const float* sums,
+                      float* spare) {
     float top = weights.top;
     float limit = (float)(-std::log(a.min_p[i]) * a.temperature[i]);
     if (a.top_k[i] < a.vocab) {
@@ -274,18 +300,19 @@ inline float limit_of(const Draw& a, int64_t i, const Row& row, const float* max
         limit = std::min(limit, kth(spare, collect(row, maxima, top, bound, spare), a.top_k[i]));
     }
     if (!(a.top_p[i] < 1)) return limit;
-    int64_t n = a.vocab;
-    if (bounded) {
-        n = collect(row, maxima, top, limit, spare);
-        for (int64_t j = 0; j < n; j++) mass += (double)weights.of_gaps(splat(spare[j]))[0];
-    }
-    // All tokens lighter than this together weigh half of what top_p leaves out: the edge is among the others.
-    double light = (1 - a.top_p[i]) * mass / (2.0 * (double)n);
-    float near = (float)(-std::log(light) * a.temperature[i]);
+    double mass = 0;
+    float near = limit;
     auto weigh = [&](vf gap) { return weights.of_gaps(gap); };
+    if (sums != nullptr) {
+        for (int64_t b = 0; b < row.blocks; b++) mass += (double)sums[b];
+        near = spared_beyond(sums, row.blocks, 0.99 * (1 - a.top_p[i]) * mass) / weights.scale;
+    } else {
+        int64_t n = collect(row, maxima, top, limit, spare);
+        for (int64_t j = 0; j < n; j++) mass += (double)weigh(splat(spare[j]))[0];
+    }
+    // Where rounding has pushed the edge out of sight, look at all.
     for (float bound : {std::min(near, limit), limit}) {
-        n = collect(row, maxima, top, bound, spare);
-        float edge = crossing(spare, n, a.top_p[i] * mass, weigh);
+        float edge = crossing(spare, collect(row, maxima, top, bound, spare), a.top_p[i] * mass, weigh);
         if (edge < INFINITE) return std::min(limit, edge);
     }
     return limit;
@@ -304,17 +331,14 @@ inline int64_t draw_row(const Draw& a, int64_t i, int threads) {
     float* spare = sums + 2 * blocks;
     Weights weights{top, (float)(1 / a.temperature[i]), INFINITE};
     bool bounded = a.top_k[i] < a.vocab || a.min_p[i] > 0;
-    double mass = 0;
-    if (!bounded) {
+    if (!bounded)
         share_rows(blocks, BLOCK, threads, [&](int64_t first, int64_t last) {
             block_sums(row, weights, first, last, [](int64_t b) { return b; }, sums);
         });
-        for (int64_t b = 0; b < blocks; b++) mass += (double)sums[b];
-    }
     int64_t n = blocks;
     bool plain = !bounded && !(a.top_p[i] < 1);
     if (!plain) {
-        weights.limit = limit_of(a, i, row, maxima, weights, bounded, mass, spare);
+        weights.limit = limit_of(a, i, row, maxima, weights, bounded ? nullptr : sums, spare);
         n = 0;
         for (int64_t b = 0; b < blocks; b++) {
             kept[n] = (int32_t)b;

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from octavo.engine.core.seeds import sequence_seed
-from octavo.engine.runner.philox import philox4x32, uniforms
+from octavo.engine.runner.philox import Ahead, philox4x32, uniforms
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, answer.
 KNOWN_ANSWERS = [
@@ -80,3 +80,21 @@ def test_sequence_seeds():
     assert sequence_seed(7, 3) == sequence_seed(7 + 2**64, 3)
     with pytest.raises(ValueError, match="at least 0"):
         sequence_seed(7, -1)
+
+
+def test_numbers_made_ahead_are_the_same_numbers():
+    """Slots that come and go, skip positions, go back (a resumed sequence) and change their seed."""
+    rng = np.random.default_rng(0)
+    ahead, seeds, positions = Ahead(6), rng.integers(0, 2**63, 6).astype(np.uint64), rng.integers(0, 50, 6)
+    for _ in range(300):
+        slots = rng.permutation(6)[: rng.integers(0, 7)]
+        expected = uniforms(seeds[slots], positions[slots])
+        assert np.array_equal(ahead.take(slots, seeds[slots], positions[slots]), expected)
+        positions[slots] += 1
+        if rng.random() < 0.1:
+            slot = int(rng.integers(6))
+            ahead.forget(slot)
+            seeds[slot], positions[slot] = rng.integers(0, 2**63), rng.choice([0, positions[slot], 2**40])
+        if rng.random() < 0.1:
+            slot = int(rng.integers(6))
+            positions[slot] = max(0, positions[slot] + rng.integers(-40, 40))
