@@ -104,7 +104,7 @@ class EngineStats(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults")
+    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant")
     class GenerationDefaults(_message.Message):
         __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
         TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,8 @@ class EngineInfo(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
     GENERATION_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -147,7 +149,9 @@ class EngineInfo(_message.Message):
     num_blocks: int
     phases: _containers.RepeatedCompositeFieldContainer[EngineInfo.Phase]
     generation_defaults: EngineInfo.GenerationDefaults
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ...) -> None: ...
+    quantization: str
+    batch_invariant: bool
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ..., quantization: _Optional[str] = ..., batch_invariant: _Optional[bool] = ...) -> None: ...
 
 class Request(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids")
