@@ -20,8 +20,10 @@ struct Call {
     void (*op)(const void* arguments);
     const void* arguments;
 };
-OCTAVO_API void octavo_replay(const Call* calls, int64_t count) {
-    for (int64_t i = 0; i < count; i++) calls[i].op(calls[i].arguments);
+OCTAVO_API void octavo_replay(const Call* calls, int64_t count, int64_t threads) {
+    Crew::gather((int)threads, [&] {
+        for (int64_t i = 0; i < count; i++) calls[i].op(calls[i].arguments);
+    });
 }
 
 enum CacheType : int64_t { CACHE_FLOAT32, CACHE_BFLOAT16, CACHE_INT8 };

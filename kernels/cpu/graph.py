@@ -92,7 +92,7 @@ class Graph:
         return len(self._calls)
 
     def replay(self) -> torch.Tensor:
-        self._replay(self._address, len(self._calls))
+        self._replay(self._address, len(self._calls), torch.get_num_threads())
         return self.outputs
 
 

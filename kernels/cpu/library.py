@@ -92,7 +92,7 @@ def open_library(path: Path) -> tuple[ctypes.CDLL, dict[str, Op]]:
         ops[name] = Op(struct.Struct(f"={fields}").pack, function, address)
     library.octavo_set_fork.argtypes, library.octavo_set_fork.restype = (c_void_p,), None
     library.octavo_set_fork(_torch_fork())
-    library.octavo_replay.argtypes, library.octavo_replay.restype = (c_void_p, c_int64), None
+    library.octavo_replay.argtypes, library.octavo_replay.restype = (c_void_p, c_int64, c_int64), None
     return library, ops
 
 

@@ -125,7 +125,7 @@ def test_stats_and_info_round_trip():
     stats = EngineStats(**{name: number for number, name in enumerate(names, 1)})
     assert wire.stats_from_proto(through(wire.stats_to_proto(stats))) == stats
     info = EngineInfo("m", 4096, 258, (256, 257), "float32", "cpu", 16, 99, GenerationDefaults(0.0, 0.9, top_k=5))
-    info = dataclasses.replace(info, phases=(("weights", 1.5), ("kv", 0.25)))
+    info = dataclasses.replace(info, phases=(("weights", 1.5), ("kv", 0.25)), quantization="int8", batch_invariant=True)
     assert wire.info_from_proto(through(wire.info_to_proto(info))) == info
 
 
