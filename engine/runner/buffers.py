@@ -60,36 +60,43 @@ class Buffers:
 
     def inputs(self, rows: tuple[Row, ...], device: torch.device) -> StepInputs:
         """The model's inputs for these rows, packed in their order."""
+        # Every call of numpy or torch counts here: a decode step can be as short as a few hundred of them.
         slots, starts, counts, write_from = np.array(
             [(row.slot, row.start, row.num_tokens, row.write_from) for row in rows], dtype=np.int64
-        ).T
+        ).T.copy()
         ends = starts + counts
-        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
-        slot_of = np.repeat(slots, counts)
-        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
+        # Of the T tokens.
+        slot_of, positions, kept_below = slots, starts, write_from
+        longest_query = int(counts.max())
+        if longest_query > 1:
+            slot_of = np.repeat(slots, counts)
+            positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
+            kept_below = np.repeat(write_from, counts)
         index, offset = np.divmod(positions, self._block_size)
         slot_mapping = self._tables[slot_of, index].astype(np.int64) * self._block_size + offset
-        slot_mapping[positions < np.repeat(write_from, counts)] = -1
+        slot_mapping[positions < kept_below] = -1
         longest = int(ends.max())
         width = -(-longest // self._block_size)
 
         def send(array: npt.NDArray[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            tensor = torch.from_numpy(array)
+            return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
         return StepInputs(
             input_ids=send(self._tokens[slot_of, positions].astype(np.int64)),
             positions=send(positions),
             attention=AttentionBatch(
                 block_tables=send(self._tables[slots, :width]),
-                query_start=send(query_start.astype(np.int32)),
+                query_start=send(query_start),
                 context_lens=send(ends.astype(np.int32)),
                 slot_mapping=send(slot_mapping),
-                max_query_len=int(counts.max()),
+                max_query_len=longest_query,
                 max_context_len=longest,
             ),
             slots=slots,
-            last=query_start[1:] - 1,
+            last=query_start[1:].astype(np.int64) - 1,
             ends=ends,
         )
 
