@@ -93,6 +93,20 @@ class Matrix:
         """index: [N] int64, which output comes to each place."""
         return self._each(lambda part: part[index])
 
+    def split_groups(self, most: int) -> Matrix:
+        """The same numbers in groups of at most `most` inputs, if such groups of whole fours fit into the present ones.
+
+        Activations are rounded group by group, so smaller groups lose less of them.
+        """
+        sizes = (size for size in range(most // 4 * 4, 0, -4) if self.group_size % size == 0)
+        size = self.group_size if self.group_size <= most else next(sizes, self.group_size)
+        if self.scales is None or size == self.group_size:
+            return self
+        times = self.group_size // size
+        parts = {name: getattr(self, name) for name in ("scales", "mins") if getattr(self, name) is not None}
+        repeated = {name: part.repeat_interleave(times, dim=1) for name, part in parts.items()}
+        return replace(self, group_size=size, **repeated)
+
     def zeros(self, outputs: int) -> Matrix:
         """A matrix of the same form with so many outputs that are zero."""
         first = self.narrow(0, 0, 1)

@@ -37,7 +37,9 @@ def choose_methods(quantization: str, quantize_lm_head: bool, stored: str | None
     if quantization in ON_LOAD:
         quantized = PackedMethod(ops, quantizer(quantization), dequantize=True)
         plain = PackedMethod(ops, dequantize=True) if native else Unquantized()
-        return Methods(quantization, quantized, quantized if quantize_lm_head else plain, plain)
+        # The head's errors are the logits' errors, and it is a small part of most models.
+        head = PackedMethod(ops, quantizer("int8"), dequantize=True) if quantization == "int4" else quantized
+        return Methods(quantization, quantized, head if quantize_lm_head else plain, plain)
     if quantization not in ("auto", "none", stored):
         has = f"is in {stored}" if stored else "holds floats"
         raise ConfigError(

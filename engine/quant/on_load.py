@@ -14,6 +14,7 @@ from octavo.kernels.matrix import Matrix
 
 GROUP_SIZES = (128, 64, 32)
 _FP8_MAX = 448.0  # the largest number of float8_e4m3fn
+_HALF = torch.finfo(torch.float16)
 _FIT_PASSES = 4
 # Rows are worked on one megabyte at a time, so that intermediates stay in the CPU's cache.
 _CHUNK_WEIGHTS = 1 << 18
@@ -27,12 +28,18 @@ def quantizer(name: str) -> Callable[[torch.Tensor], Matrix]:
 
 
 def int8(weight: torch.Tensor) -> Matrix:
-    """weight: [N, K] of any float dtype → codes around 128, from -127 to 127, one float32 scale per output."""
+    """weight: [N, K] of any float dtype → codes around 128, from -127 to 127, one scale per output.
+
+    Scales are float16 where all of them have its full precision, else float32.
+    """
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(len(weight), 1)
+    scales = torch.cat([_largest(chunk) for _, chunk in _chunks(weight)]) / 127
+    half = scales.half()
+    if ((half.abs() >= _HALF.tiny) & half.isfinite() | (scales == 0)).all():
+        scales = half
     for rows, chunk in _chunks(weight):
-        scales[rows] = _largest(chunk) / 127
-        codes[rows] = (chunk / _divisor(scales[rows])).round_().add_(128).to(torch.uint8)
+        steps = (chunk / _divisor(scales[rows].float())).round_().clamp_(-127, 127)  # a scale may be rounded down
+        codes[rows] = steps.add_(128).to(torch.uint8)
     return Matrix(codes, 8, weight.shape[1], scales, zero=128)
 
 
@@ -46,7 +53,7 @@ def fp8(weight: torch.Tensor) -> Matrix:
     return Matrix(values, 8, weight.shape[1], scales)
 
 
-def int4(weight: torch.Tensor, group_size: int = GROUP_SIZES[0]) -> Matrix:
+def int4(weight: torch.Tensor, group_size: int = GROUP_SIZES[-1]) -> Matrix:
     """weight: [N, K] of any float dtype → 4-bit codes with a float16 scale and minimum per group of inputs.
 
     Where group_size does not divide K, the next smaller of GROUP_SIZES that does is taken; where none does, int8.

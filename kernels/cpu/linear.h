@@ -27,9 +27,9 @@ namespace {
 constexpr int PANEL = 32;
 constexpr int PASSES = 16 / W;
 #if defined(__AVX512F__)
-constexpr int FLOAT_ROWS = 12, CODE_ROWS = 12, GROUP_ROWS = 6;  // as many as 32 registers hold
+constexpr int FLOAT_ROWS = 12, GROUP_ROWS = 6;  // as many as 32 registers hold
 #else
-constexpr int FLOAT_ROWS = 4, CODE_ROWS = 4, GROUP_ROWS = 2;  // 16 registers
+constexpr int FLOAT_ROWS = 4, GROUP_ROWS = 2;  // 16 registers
 #endif
 
 enum Form : int64_t { FLOAT32, BFLOAT16, FLOAT8, CODES8, CODES4 };
@@ -349,38 +349,6 @@ inline void times_codes(const Linear& a, const Tile& tile, const char* panel, in
     memcpy(s.at, total, sizeof total);
 }
 
-// One group for all of K: no second set of sums is needed, so that more rows fit in the registers.
-template <int R, int Bits>
-inline void times_one_group(const Linear& a, const Tile& tile, const char* panel, int pass, Sums<R>& s) {
-    const int32_t* x = (const int32_t*)tile.values;
-    const char* w = panel + a.scale_bytes() * (a.has_mins ? 2 : 1) + pass * W * 4;
-    vi acc[R][2];
-    OCTAVO_UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = vi{} - (int32_t)a.zero * tile.sums[r];
-    for (int64_t k = 0; k < a.group_size; k += 4, x += R) {
-        vi low, high;
-        if (Bits == 4) {
-            vi both = load_bytes(w);
-            low = both & 0x0f0f0f0f, high = (both >> 4) & 0x0f0f0f0f;
-            w += 2 * PANEL;
-        } else {
-            low = load_bytes(w), high = load_bytes(w + 64);
-            w += 4 * PANEL;
-        }
-        OCTAVO_UNROLL for (int r = 0; r < R; r++) {
-            vi each = vi{} + x[r];
-            acc[r][0] = dot4<Bits>(acc[r][0], low, each), acc[r][1] = dot4<Bits>(acc[r][1], high, each);
-        }
-    }
-    for (int v = 0; v < 2; v++) {
-        vf scale = load_scales(panel, 16 * v + pass * W, a.scales_half), minimum{};
-        if (a.has_mins) minimum = load_scales(panel + a.scale_bytes(), 16 * v + pass * W, a.scales_half);
-        OCTAVO_UNROLL for (int r = 0; r < R; r++) {
-            vf total = __builtin_convertvector(acc[r][v], vf) * (scale * tile.scales[r]);
-            s.at[r][v] = total + minimum * ((float)tile.sums[r] * tile.scales[r]);
-        }
-    }
-}
-
 // ---------------------------------------------------------------- one tile times one panel
 
 using TileTimesPanel = void (*)(const Linear&, const Tile&, int64_t panel);
@@ -419,11 +387,6 @@ template <int Bits, bool Half, bool Mins> struct Codes {
         times_codes<R, Bits, Half, Mins>(a, t, p, pass, s);
     }
 };
-template <int Bits> struct OneGroup {
-    template <int R> static void run(const Linear& a, const Tile& t, const char* p, int pass, Sums<R>& s) {
-        times_one_group<R, Bits>(a, t, p, pass, s);
-    }
-};
 
 template <class Product, int R> TileTimesPanel for_rows(int64_t rows) {
     if constexpr (R == 0)
@@ -433,7 +396,6 @@ template <class Product, int R> TileTimesPanel for_rows(int64_t rows) {
 }
 
 template <int Bits> TileTimesPanel for_codes(const Linear& a, int64_t rows) {
-    if (a.groups == 1) return for_rows<OneGroup<Bits>, CODE_ROWS>(rows);
     if (a.scales_half)
         return a.has_mins ? for_rows<Codes<Bits, true, true>, GROUP_ROWS>(rows)
                           : for_rows<Codes<Bits, true, false>, GROUP_ROWS>(rows);
@@ -491,7 +453,7 @@ constexpr int64_t SMALL_PRODUCT = 1 << 16;   // bytes of weights times tiles bel
 // Rows [first, last) of x: lay them out, then multiply, panels and tiles shared among the threads.
 inline void multiply_rows(const Linear& a, int64_t first, int64_t last, Scratch& scratch) {
     RowBytes bytes(a);
-    int64_t most = a.codes() ? (a.groups == 1 ? CODE_ROWS : GROUP_ROWS) : a.form == FLOAT8 ? GROUP_ROWS : FLOAT_ROWS;
+    int64_t most = a.scaled() ? GROUP_ROWS : FLOAT_ROWS;
     int64_t rows = last - first, tiles = (rows + most - 1) / most;
     char* memory = scratch.get<char>(rows * bytes.all() + tiles * 64);
     auto tile_at = [&](int64_t i) {
@@ -525,7 +487,7 @@ inline void multiply_rows(const Linear& a, int64_t first, int64_t last, Scratch&
 
 inline void linear(const Linear& a) {
     static thread_local Scratch scratch;
-    int64_t most = a.codes() ? (a.groups == 1 ? CODE_ROWS : GROUP_ROWS) : a.form == FLOAT8 ? GROUP_ROWS : FLOAT_ROWS;
+    int64_t most = a.scaled() ? GROUP_ROWS : FLOAT_ROWS;
     int64_t block = ROWS_BYTES / RowBytes(a).all() / most * most;
     if (block < most) block = most;
     for (int64_t first = 0; first < a.rows; first += block)
