@@ -91,7 +91,7 @@ def edited(logits: np.ndarray, sequence: Sequence) -> np.ndarray:
 
 def check(token: int, logits: np.ndarray, sequence: Sequence, position: int) -> None:
     """`token` is what the definition draws; `sequence.tokens` does not hold it yet. Edges, where float32 and float64
-    may disagree, are given 1e-4; test_sampler_draw.py has them exactly.
+    may disagree, are given 1e-4; tests/kernels/test_sampling.py has them exactly.
     """
     x, params = edited(logits, sequence), sequence.params
     if params.greedy:
