@@ -2,8 +2,8 @@
 
 --n sequences of --context tokens each, all different, decode --output-len tokens through the whole engine. Then the
 attention op alone is timed on the engine's own pool, layer after layer as in a step, each sequence in random blocks:
-its share of the step, and how near it comes to its floor, the bytes of KV it must read ÷ the measured bandwidth.
-Medians; the bandwidth is the best of those measured before and after each engine.
+its share of the step, and how near it comes to its floor, the bytes of KV it must read ÷ the bandwidth of a sequential
+read. That is measured between the op's calls: on a shared machine it changes from minute to minute. Medians.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from drive import Bench
-from floor import Machine, best_of, describe, measure_machine
 from options import engine_options
 from prompts import random_prompts
 from report import console, save, show, table
@@ -30,18 +29,23 @@ from octavo.engine.layers.attention import SelfAttention
 from octavo.kernels.ops import AttentionBatch
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
+READ_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one KV type. kv_bytes: read by one decode step, of all layers; floor_s: for reading them. Medians."""
+    """Of one KV type, medians. kv_bytes: read by one decode step, of all layers. read_gbps: of a sequential read."""
 
     kv_dtype: str
     kv_bytes: int
     prefill_s: float
     step_s: float
     attention_s: float
-    floor_s: float = 0.0
+    read_gbps: float
+
+    @property
+    def floor_s(self) -> float:
+        return self.kv_bytes / (self.read_gbps * 1e9)
 
     @property
     def share(self) -> float:
@@ -70,8 +74,11 @@ def random_batch(num_blocks: int, block_size: int, n: int, context: int) -> Atte
 
 
 @torch.inference_mode()
-def time_attention(runner: Any, n: int, context: int, dtype: torch.dtype, repeats: int) -> float:
-    """Seconds of the attention op over all layers, median of `repeats`. runner: of a local engine, its pool full."""
+def time_attention(runner: Any, n: int, context: int, dtype: torch.dtype, repeats: int) -> tuple[float, float]:
+    """Seconds of the attention op over all layers, and GB/s of a read, medians of `repeats` in turn.
+
+    runner: of a local engine, its pool full.
+    """
     layers = sorted(
         (module for module in runner.model.modules() if isinstance(module, SelfAttention)),
         key=lambda module: module.attention.index,
@@ -79,7 +86,8 @@ def time_attention(runner: Any, n: int, context: int, dtype: torch.dtype, repeat
     queries = [torch.randn(n, layer.heads[0], layer.head_size, dtype=dtype) for layer in layers]
     caches = [runner.pool.caches[layer.attention.index] for layer in layers]
     batch = random_batch(caches[0][0].shape[0], runner.pool.block_size, n, context)
-    times = []
+    big = torch.ones(READ_BYTES // 4)
+    times, reads = [], []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         for layer, query, (key_cache, value_cache) in zip(layers, queries, caches, strict=True):
@@ -87,8 +95,11 @@ def time_attention(runner: Any, n: int, context: int, dtype: torch.dtype, repeat
             attention.paged_attention(
                 query, key_cache, value_cache, batch, attention.scale, attention.window, attention.soft_cap
             )
-        times.append(time.perf_counter() - begin)
-    return median(times[1:])
+        middle = time.perf_counter()
+        big.sum()
+        times.append(middle - begin)
+        reads.append(time.perf_counter() - middle)
+    return median(times[1:]), READ_BYTES / median(reads[1:]) / 1e9
 
 
 def kv_bytes(runner: Any, n: int, context: int) -> int:
@@ -96,8 +107,7 @@ def kv_bytes(runner: Any, n: int, context: int) -> int:
     return sum(n * min(context, spec.window or context) * spec.bytes_per_token for spec in runner.model.kv_specs())
 
 
-def measure(kv_dtype: str, args: argparse.Namespace) -> tuple[Measured, Machine]:
-    before = measure_machine()
+def measure(kv_dtype: str, args: argparse.Namespace) -> Measured:
     block_size = 16
     settings = {
         "model": args.model,
@@ -113,24 +123,33 @@ def measure(kv_dtype: str, args: argparse.Namespace) -> tuple[Measured, Machine]
     try:
         prompts = random_prompts(args.n, args.context, bench.engine.info.vocab_size, ("long", args.context))
         with console.status(f"{kv_dtype}: engine"):
-            run = bench.run(prompts, args.output_len)
+            prefill_s = bench.run(prompts, 1).wall_s
+            run = bench.run(prompts, args.output_len)  # found in the prefix cache: all decode together
         steps = [step.wall_s for step in run.steps if step.decode and step.rows == args.n]
         process = bench.engine.core.process._process
         with console.status(f"{kv_dtype}: attention alone"):  # on the rank's thread: one OpenMP team
-            attention_s = process._thread.submit(
+            attention_s, read_gbps = process._thread.submit(
                 time_attention, process._runner, args.n, args.context, getattr(torch, args.dtype), args.repeats
             ).result()
         num_bytes = kv_bytes(process._runner, args.n, args.context)
     finally:
         bench.close()
-    machine = best_of(before, measure_machine())
-    prefill_s = run.wall_s - sum(steps)
-    return Measured(kv_dtype, num_bytes, prefill_s, median(steps), attention_s), machine
+    return Measured(kv_dtype, num_bytes, prefill_s, median(steps), attention_s, read_gbps)
 
 
 def show_results(found: Sequence[Measured], args: argparse.Namespace) -> None:
     shown = table(
-        ("KV", "KV per step", "prefill", "decode step", "attention", "of the step", "KV floor", "of the floor's speed")
+        (
+            "KV",
+            "KV per step",
+            "prefill",
+            "decode step",
+            "attention",
+            "of the step",
+            "read",
+            "KV floor",
+            "of the floor's speed",
+        )
     )
     for one in found:
         shown.add_row(
@@ -140,6 +159,7 @@ def show_results(found: Sequence[Measured], args: argparse.Namespace) -> None:
             f"{1000 * one.step_s:.1f} ms",
             f"{1000 * one.attention_s:.1f} ms",
             f"{one.share:.0%}",
+            f"{one.read_gbps:.1f} GB/s",
             f"{1000 * one.floor_s:.1f} ms",
             f"{one.of_floor:.0%}",
         )
@@ -164,20 +184,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    found, machines = [], []
     try:
-        for kv_dtype in args.kv_dtypes:
-            measured, machine = measure(kv_dtype, args)
-            found.append(measured)
-            machines.append(machine)
+        found = [measure(kv_dtype, args) for kv_dtype in args.kv_dtypes]
     except (ConfigError, RequestError) as error:
         raise SystemExit(f"error: {error}") from error
-    machine = best_of(*machines)
-    found = [replace(one, floor_s=machine.seconds(one.kv_bytes, 0)) for one in found]
-    console.print(describe(machine))
     show_results(found, args)
-    rows = [{**asdict(one), "share": one.share, "of_floor": one.of_floor} for one in found]
-    save("long_context", vars(args), {"machine": asdict(machine), "kv": rows}, args.output)
+    rows = [{**asdict(one), "floor_s": one.floor_s, "share": one.share, "of_floor": one.of_floor} for one in found]
+    save("long_context", vars(args), rows, args.output)
 
 
 if __name__ == "__main__":

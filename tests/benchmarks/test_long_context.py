@@ -6,7 +6,7 @@ from long_context import Measured, parse, random_batch, show_results
 
 
 def test_figures_by_hand(capsys):
-    one = Measured("int8", kv_bytes=2 << 20, prefill_s=1.5, step_s=0.04, attention_s=0.01, floor_s=0.008)
+    one = Measured("int8", kv_bytes=80_000_000, prefill_s=1.5, step_s=0.04, attention_s=0.01, read_gbps=10)
     assert one.share == pytest.approx(0.25)
     assert one.of_floor == pytest.approx(0.8)
     show_results([one], parse(["--context", "1024"]))
