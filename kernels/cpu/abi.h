@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <chrono>
+
 #include "attention.h"
 #include "cache.h"
 #include "linear.h"
@@ -20,9 +22,15 @@ struct Call {
     void (*op)(const void* arguments);
     const void* arguments;
 };
-OCTAVO_API void octavo_replay(const Call* calls, int64_t count, int64_t threads) {
+// nanoseconds: [count], of each call; or null.
+OCTAVO_API void octavo_replay(const Call* calls, int64_t count, int64_t threads, int64_t* nanoseconds) {
+    auto now = [] { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); };
     Crew::gather((int)threads, [&] {
-        for (int64_t i = 0; i < count; i++) calls[i].op(calls[i].arguments);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t begin = nanoseconds == nullptr ? 0 : now();
+            calls[i].op(calls[i].arguments);
+            if (nanoseconds != nullptr) nanoseconds[i] = now() - begin;
+        }
     });
 }
 

@@ -53,6 +53,7 @@ FIELDS: dict[str, str] = {
 class Op:
     """One function of a library. call: with the packed arguments, whose bytes it reads until it returns."""
 
+    name: str
     pack: Callable[..., bytes]
     call: Callable[[bytes], None]
     address: int
@@ -89,10 +90,10 @@ def open_library(path: Path) -> tuple[ctypes.CDLL, dict[str, Op]]:
         function = getattr(library, f"octavo_{name}")
         function.argtypes, function.restype = (c_char_p,), None
         address = ctypes.cast(function, c_void_p).value or 0
-        ops[name] = Op(struct.Struct(f"={fields}").pack, function, address)
+        ops[name] = Op(name, struct.Struct(f"={fields}").pack, function, address)
     library.octavo_set_fork.argtypes, library.octavo_set_fork.restype = (c_void_p,), None
     library.octavo_set_fork(_torch_fork())
-    library.octavo_replay.argtypes, library.octavo_replay.restype = (c_void_p, c_int64, c_int64), None
+    library.octavo_replay.argtypes, library.octavo_replay.restype = (c_void_p, c_int64, c_int64, c_void_p), None
     return library, ops
 
 
