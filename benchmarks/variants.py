@@ -40,8 +40,9 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("octavo", "octavo"),
-        Variant("octavo-int8", "octavo", "int8", {"quantization": "int8"}),
-        Variant("octavo-gguf", "octavo", "gguf"),
+        # Quantized weights with the dtype that octavo chooses: bfloat16 activations and KV where the CPU has them.
+        Variant("octavo-int8", "octavo", "int8", {"quantization": "int8", "dtype": "auto"}),
+        Variant("octavo-gguf", "octavo", "gguf", {"dtype": "auto"}),
         Variant("transformers", "transformers"),
         Variant("vllm", "vllm"),
         Variant("vllm-best", "vllm", bound=True),
