@@ -76,7 +76,7 @@ def profile(llm: LLM, n: int, context: int, repeats: int, machines: Machines) ->
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
     llm.generate(random_prompts(n, context, llm.info.vocab_size, ("profile", n)), params, use_tqdm=False)
     runner = process._runner
-    graph = runner.forward._graphs.get(n)
+    graph = runner.forward._graphs.get((n, n))
     if graph is None:
         raise ConfigError(f"No graph was recorded for n={n}: this model's decode steps are not native ops alone.")
 

@@ -82,11 +82,10 @@ class Graph:
     def __init__(self, library: ctypes.CDLL, calls: list[tuple[Op, bytes]], outputs: torch.Tensor) -> None:
         self.outputs = outputs
         self._replay = library.octavo_replay
-        self._arguments = [ctypes.create_string_buffer(arguments, len(arguments)) for _, arguments in calls]
-        self._calls = np.array(
-            [(op.address, ctypes.addressof(at)) for (op, _), at in zip(calls, self._arguments, strict=True)],
-            dtype=np.uint64,
-        )
+        self._arguments = np.frombuffer(b"".join(arguments for _, arguments in calls), dtype=np.uint64)
+        starts = np.cumsum([0, *(len(arguments) for _, arguments in calls[:-1])], dtype=np.uint64)
+        addresses = np.array([op.address for op, _ in calls], dtype=np.uint64)
+        self._calls = np.stack((addresses, starts + np.uint64(self._arguments.ctypes.data)), axis=1)
         self._address = self._calls.ctypes.data
         self._names = tuple(op.name for op, _ in calls)
 

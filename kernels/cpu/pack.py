@@ -67,7 +67,7 @@ class Section:
 
 def pack(matrix: Matrix) -> Section:
     """A copy in the native layout. float16 numbers become float32."""
-    values = matrix.values.float() if matrix.values.dtype == torch.float16 else matrix.values
+    values = (matrix.values.float() if matrix.values.dtype == torch.float16 else matrix.values).contiguous()
     outputs, inputs = values.shape
     if matrix.scales is None:
         step = 2 if values.dtype == torch.bfloat16 else 1
@@ -112,7 +112,9 @@ def _panels(values: Tensor, step: int) -> Tensor:
 
 def _scale_panels(scales: Tensor) -> Tensor:
     """[N, G] → [N / 32, G, bytes]."""
-    return _padded(scales, 1).view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
+    return (
+        _padded(scales.contiguous(), 1).view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:
