@@ -4,7 +4,7 @@ from octavo.engine import LLM, SamplingParams
 
 llm = LLM("smollm2-135m")
 conversations = [
-    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Name the capital of France."}],
     [{"role": "user", "content": "Write one sentence about the sea."}],
 ]
 for output in llm.chat(conversations, SamplingParams(temperature=0, max_tokens=60)):

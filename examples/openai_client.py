@@ -5,7 +5,7 @@ from openai import OpenAI
 client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
 stream = client.chat.completions.create(
     model="smollm2-135m",
-    messages=[{"role": "user", "content": "What is the capital of France?"}],
+    messages=[{"role": "user", "content": "Name the capital of France."}],
     temperature=0,
     stream=True,
 )

@@ -119,6 +119,11 @@ class GatedActivation(Protocol):
         """x: [T, 2F] = (gate, up) → act(gate) * up: [T, F]."""
 
 
+class Activation(Protocol):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, F] → [T, F]. Torch's own would do, but the last few of a tensor's elements get other bits from it."""
+
+
 class PackLinear(Protocol):
     def __call__(self, matrices: Sequence[Matrix]) -> Packed:
         """A copy of a weight, the outputs of all matrices one after the other, in the layout that `linear` and
@@ -199,6 +204,7 @@ class Ops:
     rotary: Rotary
     silu_and_mul: GatedActivation
     gelu_tanh_and_mul: GatedActivation
+    gelu_tanh: Activation
     pack_linear: PackLinear
     linear: Linear
     embedding: Embedding

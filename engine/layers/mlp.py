@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,11 +19,11 @@ T = TypeVar("T")
 GATED = {"silu": "silu_and_mul", "swish": "silu_and_mul"} | dict.fromkeys(
     ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh_and_mul"
 )
-PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor] | str] = {  # torch's, or the name of an op
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
-} | dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
+} | dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 
 
 class GatedMLP(nn.Module):
@@ -47,7 +46,8 @@ class PlainMLP(nn.Module):
         super().__init__()
         self.up_proj = ColumnParallelLinear(ctx, width, (("", inner),), bias=bias)
         self.down_proj = RowParallelLinear(ctx, inner, width, bias=bias)
-        self.activation = _lookup(PLAIN, activation)
+        act = _lookup(PLAIN, activation)
+        self.activation = getattr(ctx.ops, act) if isinstance(act, str) else act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))

@@ -245,6 +245,15 @@ class Body:
     def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
         return self._gated("gelu_tanh_and_mul", x)
 
+    def gelu_tanh(self, x: Tensor) -> Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows, width = x.shape
+        out = self._empty((rows, width), x.dtype)
+        arguments = out.data_ptr(), x.data_ptr(), rows, x.stride(0), width, BF16[x.dtype], get_num_threads()
+        self._call("gelu_tanh", *arguments)
+        return out
+
     def _gated(self, name: str, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.stride(1) != 1:
             x = x.contiguous()

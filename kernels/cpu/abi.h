@@ -176,6 +176,13 @@ template <class Act> inline void gated(const GatedArguments* of) {
 OCTAVO_API void octavo_silu_and_mul(const GatedArguments* of) { gated<Silu>(of); }
 OCTAVO_API void octavo_gelu_tanh_and_mul(const GatedArguments* of) { gated<GeluTanh>(of); }
 
+OCTAVO_API void octavo_gelu_tanh(const GatedArguments* of) {
+    if (of->bf16_)
+        activate<GeluTanh>((bf16*)of->out, (const bf16*)of->x, of->rows, of->stride, of->f, (int)of->threads);
+    else
+        activate<GeluTanh>((float*)of->out, (const float*)of->x, of->rows, of->stride, of->f, (int)of->threads);
+}
+
 OCTAVO_API void octavo_linear(const Linear* of) { linear(*of); }
 
 struct EmbeddingArguments {

@@ -41,6 +41,7 @@ FIELDS: dict[str, str] = {
     "rotary": "4q10q",
     "silu_and_mul": "2q5q",
     "gelu_tanh_and_mul": "2q5q",
+    "gelu_tanh": "2q5q",
     "linear": "4q13q",
     "embedding": "3q17q",
     "find_peaks": "4q3q",

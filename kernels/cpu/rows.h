@@ -95,4 +95,13 @@ void act_and_mul(T* out, const T* x, int64_t rows, int64_t stride, int64_t f, in
     });
 }
 
+template <class Act, class T>
+void activate(T* out, const T* x, int64_t rows, int64_t stride, int64_t f, int threads) {
+    Act act;
+    share_rows(rows, f, threads, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            for (int64_t i = 0; i < f; i += W) store_at(out + row * f, i, f, act(load_at(x + row * stride, i, f)));
+    });
+}
+
 }  // namespace

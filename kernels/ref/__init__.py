@@ -2,7 +2,7 @@
 
 import torch
 
-from octavo.kernels.ref.activation import gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.ref.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.ref.attention import paged_attention
 from octavo.kernels.ref.cache import copy_blocks, write_kv
 from octavo.kernels.ref.linear import embedding, linear, pack_linear
@@ -17,6 +17,7 @@ __all__ = [
     "draw",
     "embedding",
     "find_peaks",
+    "gelu_tanh",
     "gelu_tanh_and_mul",
     "linear",
     "pack_linear",

@@ -1,4 +1,4 @@
-"""Gated activations. Shapes and contracts: `octavo.kernels.ops`."""
+"""Activations. Shapes and contracts: `octavo.kernels.ops`."""
 
 import torch
 import torch.nn.functional as F
@@ -12,3 +12,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")

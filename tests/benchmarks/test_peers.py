@@ -32,9 +32,9 @@ def test_every_goal_names_variants_and_every_peer_has_a_recipe_and_a_worker():
 
 def test_octavo_gets_its_variants_options_and_those_of_the_command_line():
     begin = start(VARIANTS["octavo-int8"], Path("python"), 3, {"block_size": 32})
-    assert json.loads(begin.command[-1]) == {"quantization": "int8", "block_size": 32}
+    assert json.loads(begin.command[-1]) == {"quantization": "int8", "dtype": "auto", "block_size": 32}
     assert begin.environment["OMP_NUM_THREADS"] == "3"
-    assert json.loads(start(VARIANTS["octavo-gguf"], Path("python"), 3, {}).command[-1]) == {}
+    assert json.loads(start(VARIANTS["octavo-gguf"], Path("python"), 3, {}).command[-1]) == {"dtype": "auto"}
     assert json.loads(start(VARIANTS["llama"], Path("python"), 3, {}).command[-1]) == {"threads": 3}
 
 

@@ -11,7 +11,14 @@ from octavo.engine import LLM, AsyncLLM, EngineConfig, SamplingParams
 from octavo.engine.errors import ConfigError, RequestError, StepError
 from octavo.engine.loader.gguf import GGUFCheckpoint
 
-OPTIONS = {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 32, "num_gpu_blocks_override": 200}
+# As floats, so that tokens can be compared with transformers'.
+OPTIONS = {
+    "dtype": "float32",
+    "quantization": "none",
+    "max_model_len": 512,
+    "max_num_seqs": 32,
+    "num_gpu_blocks_override": 200,
+}
 TEXTS = [
     "The capital of France is",
     "Water boils at",

@@ -282,6 +282,14 @@ def test_gated_activations(body: cpu.Body, dtype: torch.dtype, name: str, shape:
     close(getattr(body, name)(wide), getattr(ref, name)(wide))
 
 
+@pytest.mark.parametrize("shape", [(1, 3072), (3, 100), (0, 64), (45, 3072)], ids=str)
+def test_gelu_tanh(body: cpu.Body, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = (torch.randn(shape[0], shape[1] + 8) * 4).to(dtype)[:, :-8]
+    actual = body.gelu_tanh(x)
+    close(actual, ref.gelu_tanh(x))
+    assert all(torch.equal(actual[i : i + 1], body.gelu_tanh(x[i : i + 1])) for i in range(shape[0]))
+
+
 @pytest.mark.parametrize("name", ["silu_and_mul", "gelu_tanh_and_mul"])
 def test_gated_activations_keep_their_limits(body: cpu.Body, name: str) -> None:
     gate = torch.tensor([-1e4, -90.0, -88.0, 0.0, 88.0, 90.0, 1e4, float("nan"), -1e-6, 1e-6])
