@@ -6,7 +6,7 @@ op that multiplies with a Matrix multiplies with all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,9 +131,9 @@ class Matrix:
             values = torch.empty_like(values).index_copy_(1, self.inputs, values)
         return values.to(dtype)
 
-    def _each(self, change: object) -> Matrix:
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Matrix:
         parts = {name: getattr(self, name) for name in ("values", "scales", "mins")}
-        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})  # type: ignore[operator]
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
 
 def join(matrices: Sequence[Matrix]) -> Matrix:
