@@ -89,6 +89,13 @@ class Matrix:
         cut = self._each(lambda part: part.narrow(1, start // step, size // step))
         return replace(cut, values=self.values.narrow(1, start, size))
 
+    def to(self, device: torch.device) -> Matrix:
+        """The matrix itself if it is there already."""
+        if self.values.device == device:
+            return self
+        moved = self._each(lambda part: part.to(device))
+        return moved if self.inputs is None else replace(moved, inputs=self.inputs.to(device))
+
     def permute_outputs(self, index: torch.Tensor) -> Matrix:
         """index: [N] int64, which output comes to each place."""
         return self._each(lambda part: part[index])

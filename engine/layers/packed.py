@@ -21,7 +21,7 @@ Quantize = Callable[[torch.Tensor], Matrix]
 META = torch.device("meta")
 # The most inputs that are rounded to 8 bits with one scale. A few inputs of a model are ten times larger than the rest
 # and would take the precision of all that share their scale: over whole rows of SmolLM2 that costs 3.7 % of perplexity,
-# in groups of 64 it costs 0.7 % (benchmarks/LOG.md).
+# in groups of 64 it costs 0.9 % (benchmarks/LOG.md).
 ROUNDED_TOGETHER = 64
 
 
@@ -54,7 +54,7 @@ class PackedMethod:
                 mine = matrix.narrow(axis, at + p.source, p.size)
             except ValueError as error:
                 raise ConfigError(f"cannot be cut over ranks: {error}") from None
-            layer.pieces.append((p.start, mine))
+            layer.pieces.append((p.start, mine.to(layer.device)))
             at += p.whole
 
     def finish(self, layer: Any) -> None:

@@ -41,8 +41,10 @@ class StepGraphs:
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states [T, M]; those of a graph are overwritten by the next call."""
         tokens, rows = shape = len(inputs.input_ids), len(inputs.slots)
-        if tokens > self._most or (tokens > rows and shape not in self._seen):
+        often = tokens == rows or shape in self._seen
+        if tokens <= self._most and not often:
             self._seen.add(shape)
+        if tokens > self._most or not often:
             return self._forward(inputs.input_ids, inputs.positions, self._caches, inputs.attention)
         self._inputs.take(inputs)
         graph = self._graphs.pop(shape, None)
