@@ -1,26 +1,45 @@
 """DeploymentConfig: everything one deployment is made of, as one frozen value read from YAML. No Ray here, no torch.
 
-`octavo serve MODEL` is this file with defaults; a Serve config's `args` are its mapping.
+`octavo serve MODEL` is this file with defaults; a Serve config's `args` are its mapping:
+
+    api_key: [secret]
+    models:
+      - model: smollm2-135m
+        num_replicas: 2
+        engine: {max_model_len: 4096}
+      - model: org/bigger
+        engine: {tensor_parallel_size: 4}
+
+A deployment of one model may write the model's settings at the top, without `models`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from octavo.cluster.ingress.settings import MIB
+from octavo.cluster.values import parse_bytes, read_yaml, section, typed
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 
-T = TypeVar("T")
+__all__ = [
+    "SERVING_DEFAULTS",
+    "Autoscaling",
+    "DeploymentConfig",
+    "Limits",
+    "ModelConfig",
+    "Routing",
+    "parse_bytes",
+    "read_yaml",
+]
 
 # What a server sets otherwise than a bare engine: nothing may queue without bound.
 SERVING_DEFAULTS: Mapping[str, Any] = {"max_num_queued_reqs": 1024}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def _above_zero(name: str, value: float | None) -> None:
@@ -48,132 +67,188 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class DeploymentConfig:
-    """One model, its replicas and its front.
+class Routing:
+    """Which replica gets a request.
 
-    engine: one replica. served_model_name: names that requests may use; empty = the model's own. api_key: keys of which
-        clients must send one; empty = open to all.
+    policy: prefix = where the longest part of the prompt is cached, weighed against load; least_loaded; round_robin; or
+        `package.module:Class` of one's own. session_header: requests with the same value of this header stay together.
+    max_index_blocks: KV blocks whose whereabouts an ingress remembers.
+    failover_timeout_s: how long a request whose replica was lost may wait for another one.
+    """
+
+    policy: str = "prefix"
+    session_header: str = "x-session-id"
+    max_index_blocks: int = 1 << 20
+    failover_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.policy not in ("prefix", "least_loaded", "round_robin") and ":" not in self.policy:
+            raise ConfigError(
+                f"routing.policy must be prefix, least_loaded, round_robin or package.module:Class, got {self.policy!r}."
+            )
+        _above_zero("routing.max_index_blocks", self.max_index_blocks)
+        _above_zero("routing.failover_timeout_s", self.failover_timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Autoscaling:
+    """Between how many replicas a model moves, and what moves it. Times in seconds.
+
+    min_replicas 0: the model goes away when nobody asks for it; the next request waits until it is back.
+    initial_replicas: at the start; None = min_replicas, but at least one.
+    target_queued_tokens: prompt tokens waiting per replica. target_kv_usage: part of the KV pool in use, 0 to 1.
+        target_ttft_s: time to first token; None = not looked at. Each is the load at which a replica counts as full:
+        the most loaded of the three decides.
+    upscale_delay_s, downscale_delay_s: how long more, or fewer, replicas must have been wanted without a break.
+        downscale_to_zero_delay_s: from one to none; None = downscale_delay_s.
+    look_back_period_s: over which the signals are averaged.
+    """
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    initial_replicas: int | None = None
+    target_queued_tokens: float = 4096.0
+    target_kv_usage: float = 0.8
+    target_ttft_s: float | None = None
+    upscale_delay_s: float = 10.0
+    downscale_delay_s: float = 300.0
+    downscale_to_zero_delay_s: float | None = None
+    look_back_period_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.min_replicas < 0:
+            raise ConfigError(f"autoscaling.min_replicas must not be negative, got {self.min_replicas}.")
+        if self.max_replicas < max(1, self.min_replicas):
+            raise ConfigError(
+                f"autoscaling.max_replicas ({self.max_replicas}) must be at least 1 and min_replicas "
+                f"({self.min_replicas})."
+            )
+        if self.initial_replicas is not None and not self.min_replicas <= self.initial_replicas <= self.max_replicas:
+            raise ConfigError(
+                f"autoscaling.initial_replicas ({self.initial_replicas}) must lie between min_replicas "
+                f"({self.min_replicas}) and max_replicas ({self.max_replicas})."
+            )
+        for name in ("target_queued_tokens", "target_kv_usage", "target_ttft_s", "look_back_period_s"):
+            _above_zero(f"autoscaling.{name}", getattr(self, name))
+        if self.target_kv_usage > 1:
+            raise ConfigError(f"autoscaling.target_kv_usage must be at most 1, got {self.target_kv_usage}.")
+        for name in ("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"autoscaling.{name} must not be negative.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model and its pool of replicas.
+
+    engine: one replica. served_model_name: names that requests may use; empty = the model's own.
     pattern: the topology; `replicated` = equal replicas, each of which computes whole requests.
-    num_cpus: CPUs that Ray reserves for a replica; on a cluster started elsewhere also the threads it computes with.
-    drain_timeout_s: how long a replica that is to stop may go on with the requests it has.
+    num_replicas: how many, unless autoscaling says.
+    num_cpus: CPUs that Ray reserves for each rank of a replica; on a cluster started elsewhere also the threads a rank
+        computes with.
+    drain_timeout_s: how long a replica that is to stop may go on with the requests it has; then others take them over.
     step_timeout_s: a replica that finishes no step for so long, though there is work, is replaced. Must be above the
-        longest step there can be.
+        longest step there can be. hang_timeout_s: the same for a process that shows no sign of life at all.
     chat_template: Jinja source in place of the model's own, or a file with it.
     """
 
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(**SERVING_DEFAULTS))
     served_model_name: tuple[str, ...] = ()
-    api_key: tuple[str, ...] = ()
-    limits: Limits = Limits()
     pattern: Literal["replicated"] = "replicated"
     num_replicas: int = 1
     num_cpus: float = 1.0
     drain_timeout_s: float = 60.0
     step_timeout_s: float = 300.0
+    hang_timeout_s: float = 4.0
     chat_template: str | None = None
+    routing: Routing = Routing()
+    autoscaling: Autoscaling | None = None
+
+    def __post_init__(self) -> None:
+        _above_zero("num_replicas", self.num_replicas)
+        _above_zero("step_timeout_s", self.step_timeout_s)
+        _above_zero("hang_timeout_s", self.hang_timeout_s)
+        if self.num_cpus < 0 or self.drain_timeout_s < 0:
+            raise ConfigError("num_cpus and drain_timeout_s must not be negative.")
+        if not all(self.served_model_name):
+            raise ConfigError("A served model name must not be empty.")
+
+    @property
+    def name(self) -> str:
+        """What the model is called before anything of it has been opened."""
+        if self.served_model_name:
+            return self.served_model_name[0]
+        return re.split(r"[/\\]", self.engine.model.rstrip("/\\"))[-1].removesuffix(".gguf")
+
+    @property
+    def max_replicas(self) -> int:
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], prefix: str = "") -> ModelConfig:
+        """`model` stands beside `engine`, not in it. Raises ConfigError."""
+        values = dict(values)
+        engine = section(values.pop("engine", None), f"{prefix}engine")
+        if "model" in engine:
+            raise ConfigError(f"{prefix}engine.model belongs one level up: write {prefix}model instead.")
+        if "model" in values:
+            engine["model"] = values.pop("model")
+        values["engine"] = typed(EngineConfig, {**SERVING_DEFAULTS, **engine}, f"{prefix}engine.")
+        return typed(cls, values, prefix)
+
+
+MODEL_SETTINGS = ("model", *(item.name for item in dataclasses.fields(ModelConfig)))
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentConfig:
+    """Models and their common front. Names of models are unique.
+
+    api_key: keys of which clients must send one; empty = open to all.
+    """
+
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)
+    api_key: tuple[str, ...] = ()
+    limits: Limits = Limits()
     trust_request_chat_template: bool = False
     allowed_origins: tuple[str, ...] = ("*",)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
-        _above_zero("num_replicas", self.num_replicas)
-        _above_zero("step_timeout_s", self.step_timeout_s)
-        if self.num_cpus < 0 or self.drain_timeout_s < 0:
-            raise ConfigError("num_cpus and drain_timeout_s must not be negative.")
         if not all(self.api_key):
             raise ConfigError("An API key must not be empty.")
-        if not all(self.served_model_name):
-            raise ConfigError("A served model name must not be empty.")
+        if not self.models:
+            raise ConfigError("models must name at least one model.")
+        names = [name for model in self.models for name in model.served_model_name or (model.name,)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"{twice[0]!r} is the name of two models: set served_model_name.")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DeploymentConfig:
-        """From YAML's mapping: `model` at the top, the sections `engine` and `limits`, the rest by field name.
-
-        Raises ConfigError, naming the key, for what is unknown or of the wrong type.
-        """
-        values = dict(_section(values, ""))
-        engine = dict(_section(values.pop("engine", None) or {}, "engine"))
-        limits = _section(values.pop("limits", None) or {}, "limits")
-        if "model" in engine:
-            raise ConfigError("engine.model belongs at the top: write model instead.")
-        if "model" in values:
-            engine["model"] = values.pop("model")
-        parts: dict[str, Any] = {
-            "engine": EngineConfig(**{**SERVING_DEFAULTS, **_typed(EngineConfig, engine, "engine.")}),
-            "limits": Limits(**_typed(Limits, limits, "limits.")),
-        }
-        return cls(**parts, **_typed(cls, values, "", without=("engine", "limits")))
+        """From YAML's mapping. Raises ConfigError, naming the key, for what is unknown or of the wrong type."""
+        values = section(values, "")
+        at_top = {key: values.pop(key) for key in MODEL_SETTINGS if key in values}
+        listed = values.pop("models", None)
+        if listed is None:
+            models = (ModelConfig.from_mapping(at_top),)
+        elif at_top:
+            raise ConfigError(f"{next(iter(at_top))} belongs to a model: write it below models.")
+        elif not isinstance(listed, list):
+            raise ConfigError("models must be a list.")
+        else:
+            models = tuple(
+                ModelConfig.from_mapping(section(item, f"models[{i}]"), f"models[{i}].")
+                for i, item in enumerate(listed)
+            )
+        known = [item.name for item in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                settings = ", ".join((*known, *MODEL_SETTINGS))
+                raise ConfigError(f"{key} is not a setting; there are {settings}.")
+        return dataclasses.replace(typed(cls, values), models=models)
 
     @classmethod
     def from_file(cls, path: Path) -> DeploymentConfig:
         """Raises ConfigError if the file cannot be read, is no YAML mapping, or holds what cannot be."""
         return cls.from_mapping(read_yaml(path))
-
-
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path} is not valid YAML{where}.") from None
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path} must hold a mapping of settings.")
-    return values
-
-
-def parse_bytes(text: str) -> int:
-    """`512MiB`, `4GiB`, `1.5G`, `1073741824`: K, M, G, T are powers of 1000, Ki … of 1024. Raises ConfigError."""
-    letters = text.strip().lstrip("0123456789.")
-    number = text.strip().removesuffix(letters)
-    unit = letters.strip().upper().removesuffix("B")
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise ConfigError(f"{text!r} is not a size: write 512MiB, 4GiB or a number of bytes.") from None
-
-
-def _section(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name or 'The configuration'} must be a mapping of settings.")
-    return value
-
-
-def _typed(cls: type[Any], values: Mapping[str, Any], prefix: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`values` checked against the fields of dataclass `cls`, and brought to their types."""
-    hints = get_type_hints(cls)
-    names = [item.name for item in dataclasses.fields(cls) if item.name not in without]
-    typed = {}
-    for key, value in values.items():
-        if key not in names:
-            raise ConfigError(f"{prefix}{key} is not a setting; there are {', '.join(names)}.")
-        typed[key] = _value(f"{prefix}{key}", value, hints[key])
-    return typed
-
-
-def _value(name: str, value: Any, kind: Any) -> Any:
-    if name.endswith("_bytes") and isinstance(value, str):
-        return parse_bytes(value)
-    if get_origin(kind) in (Union, types.UnionType):
-        if value is None and type(None) in get_args(kind):
-            return None
-        (kind,) = (option for option in get_args(kind) if option is not type(None))
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
-        return value
-    if get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-            raise ConfigError(f"{name} must be a string or a list of strings, got {value!r}.")
-        return tuple(items)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"{name} must be {words[kind]}, got {value!r}.")
-    return value

@@ -8,28 +8,51 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from octavo.cluster.config import SERVING_DEFAULTS, DeploymentConfig, Limits
+from octavo.cluster.config import (
+    MODEL_SETTINGS,
+    SERVING_DEFAULTS,
+    Autoscaling,
+    DeploymentConfig,
+    Limits,
+    ModelConfig,
+    Routing,
+)
+from octavo.cluster.values import optional_of
 from octavo.engine.config import EngineConfig
+from octavo.engine.errors import ConfigError
+
+# The dataclasses that hold settings, by their place in the YAML of a deployment of one model.
+_CLASSES: Mapping[str, tuple[type[Any], ...]] = {
+    "": (DeploymentConfig, ModelConfig),
+    "engine": (EngineConfig,),
+    "limits": (Limits,),
+    "routing": (Routing,),
+    "autoscaling": (Autoscaling,),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
     """One setting: `section` is its place in the YAML ("" = at the top)."""
 
-    section: Literal["", "engine", "limits"]
+    section: str
     name: str
     panel: str
     help: str
 
+    @property
+    def key(self) -> str:
+        """The command's parameter."""
+        return f"{self.section}_{self.name}" if self.section in ("routing", "autoscaling") else self.name
 
-def _panel(section: Literal["", "engine", "limits"], panel: str, **flags: str) -> list[Flag]:
+
+def _panel(section: str, panel: str, **flags: str) -> list[Flag]:
     return [Flag(section, name, panel, text) for name, text in flags.items()]
 
 
@@ -47,6 +70,12 @@ FLAGS: tuple[Flag, ...] = (
         load_format="auto, or dummy for random weights.",
         trust_remote_code="Run code that comes with the model.",
         seed="Seed of dummy weights.",
+    ),
+    *_panel(
+        "engine",
+        "Parallelism",
+        tensor_parallel_size="Ranks that share the work of each layer.",
+        pipeline_parallel_size="Stages that the layers are dealt to.",
     ),
     *_panel(
         "engine",
@@ -99,27 +128,57 @@ FLAGS: tuple[Flag, ...] = (
         "",
         "Replicas",
         num_replicas="Engines side by side.",
-        num_cpus="CPUs that Ray reserves for a replica.",
+        num_cpus="CPUs that Ray reserves for a rank of a replica.",
         pattern="Topology of the deployment: replicated.",
         drain_timeout_s="Seconds that requests in progress may take when the server stops.",
         step_timeout_s="Seconds without a finished step after which a busy replica is replaced.",
+        hang_timeout_s="Seconds without a sign of life after which a process of a replica is killed.",
+    ),
+    *_panel(
+        "routing",
+        "Routing",
+        policy="prefix, least_loaded, round_robin or package.module:Class.",
+        session_header="Requests with the same value of this header go to the same replica.",
+        max_index_blocks="KV blocks whose whereabouts an ingress remembers.",
+        failover_timeout_s="Seconds a request whose replica was lost may wait for another.",
+    ),
+    *_panel(
+        "autoscaling",
+        "Autoscaling",
+        min_replicas="The fewest replicas; 0 = none while nobody asks.",
+        max_replicas="The most replicas. Any of these flags turns autoscaling on.",
+        initial_replicas="Replicas at the start.",
+        target_queued_tokens="Waiting prompt tokens at which a replica counts as full.",
+        target_kv_usage="Part of the KV cache in use at which a replica counts as full.",
+        target_ttft_s="Seconds to the first token at which a replica counts as full.",
+        upscale_delay_s="Seconds that more replicas must be wanted.",
+        downscale_delay_s="Seconds that fewer replicas must be wanted.",
+        downscale_to_zero_delay_s="Seconds without a request before the last replica goes.",
+        look_back_period_s="Seconds over which the load is averaged.",
     ),
 )
 
 # What reads better on a command line than the setting's name.
 _SPELLINGS = {
+    "policy": "--routing-policy",
     "drain_timeout_s": "--drain-timeout",
     "request_timeout_s": "--request-timeout",
     "step_timeout_s": "--step-timeout",
+    "hang_timeout_s": "--hang-timeout",
+    "failover_timeout_s": "--failover-timeout",
+    "target_ttft_s": "--target-ttft",
+    "upscale_delay_s": "--upscale-delay",
+    "downscale_delay_s": "--downscale-delay",
+    "downscale_to_zero_delay_s": "--downscale-to-zero-delay",
+    "look_back_period_s": "--look-back-period",
 }
-_CLASSES: Mapping[str, type[Any]] = {"": DeploymentConfig, "engine": EngineConfig, "limits": Limits}
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """`command(…, **settings)` with every flag as a parameter, for typer to read."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = [
-        inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(flag))
+        inspect.Parameter(flag.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(flag))
         for flag in FLAGS
     ]
     parameters = [*own, *flags]
@@ -129,12 +188,18 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def merge(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's mapping with the flags that were given laid over it; for DeploymentConfig.from_mapping."""
+    """A file's mapping with the flags that were given laid over it; for DeploymentConfig.from_mapping.
+
+    Raises ConfigError for a flag of one model where the file lists several.
+    """
     values = dict(file)
     for flag in FLAGS:
-        value = given[flag.name]
+        value = given[flag.key]
         if value is None or value == []:
             continue
+        place = flag.section or flag.name
+        if "models" in file and place in MODEL_SETTINGS:
+            raise ConfigError(f"{_spelling(flag)} is a setting of one model, and the file lists models: set it there.")
         if not flag.section:
             values[flag.name] = value
             continue
@@ -143,11 +208,22 @@ def merge(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _field(flag: Flag) -> tuple[Any, dataclasses.Field[Any]]:
+    """(type, dataclass field) of the setting."""
+    for cls in _CLASSES[flag.section]:
+        for item in dataclasses.fields(cls):
+            if item.name == flag.name:
+                return optional_of(get_type_hints(cls)[flag.name])[0], item
+    raise AssertionError(f"no setting {flag.section}.{flag.name}")
+
+
+def _spelling(flag: Flag) -> str:
+    return _SPELLINGS.get(flag.name, "--" + flag.name.replace("_", "-"))
+
+
 def _annotation(flag: Flag) -> Any:
-    kind = get_type_hints(_CLASSES[flag.section])[flag.name]
-    if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (option for option in get_args(kind) if option is not type(None))
-    spelling = _SPELLINGS.get(flag.name, "--" + flag.name.replace("_", "-"))
+    kind, _ = _field(flag)
+    spelling = _spelling(flag)
     if kind is bool:
         spelling = f"{spelling}/--no-{spelling.removeprefix('--')}"
     metavar = None
@@ -162,9 +238,8 @@ def _annotation(flag: Flag) -> Any:
 
 
 def _default(flag: Flag) -> str:
-    cls = _CLASSES[flag.section]
-    (item,) = (item for item in dataclasses.fields(cls) if item.name == flag.name)
-    value = SERVING_DEFAULTS.get(flag.name, item.default) if cls is EngineConfig else item.default
+    _, item = _field(flag)
+    value = SERVING_DEFAULTS.get(flag.name, item.default) if flag.section == "engine" else item.default
     match value:
         case None | ():
             return ""

@@ -28,6 +28,8 @@ class EngineConfig:
     kv_cache_memory_bytes: KV pool size; None = on GPU from gpu_memory_utilization, on CPU 4 GiB or, if less, a quarter
         of the free memory.
     kv_cache_dtype: what KV is stored in; auto = the model's dtype. int8 has a float32 scale per token and head.
+    tensor_parallel_size, pipeline_parallel_size: ranks that share each layer, stages the layers are dealt to; a replica
+        has one process per rank, their product.
     max_num_batched_tokens: the token budget of a step. max_num_seqs: the most rows of a step.
     max_num_queued_reqs: waiting requests beyond which new ones get CapacityError; None = no limit.
     long_prefill_token_threshold: the most prompt tokens one sequence may compute in a step; 0 = only the token budget.
@@ -57,6 +59,8 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KVDType = "auto"
     enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_num_queued_reqs: int | None = None
@@ -71,10 +75,16 @@ class EngineConfig:
     kernels: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
     def __post_init__(self) -> None:
         _at_least("max_model_len", self.max_model_len, 2)
         _at_least("num_gpu_blocks_override", self.num_gpu_blocks_override, 2)
         _at_least("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1)
+        _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
+        _at_least("pipeline_parallel_size", self.pipeline_parallel_size, 1)
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("max_num_queued_reqs", self.max_num_queued_reqs, 0)
