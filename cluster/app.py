@@ -1,4 +1,5 @@
-"""From a DeploymentConfig to the Serve application: ingress → engine. A Serve config's import_path.
+"""From a DeploymentConfig to the Serve application: ingress → one pool of engines per model. A Serve config's
+import_path.
 
 applications:
   - name: octavo
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from octavo.cluster.config import DeploymentConfig
+from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
 from octavo.cluster.replica import EngineReplica, OnDeltas
@@ -32,36 +34,36 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from octavo.cluster.ingress.service import Service
     from octavo.engine.text.tokenizer import Tokenizer
 
 APP = "octavo"
 INGRESS = "ingress"
-ENGINE = "engine"
 # The engine queues and refuses (max_num_queued_reqs); Serve's own counters only have to stay out of its way.
 MAX_ONGOING = 1 << 16
 # Requests that may wait in an ingress for a replica to be there at all.
 MAX_WAITING_FOR_REPLICA = 1024
-# An ingress outlives the engines' deadline by this, to tell its clients what became of their requests.
-INGRESS_MARGIN_S = 10.0
+# Of Serve's own; ours say more.
+LOGS = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
 class EngineHost(EngineReplica):
     """Builds the engine of one replica."""
 
-    async def __init__(self, config: DeploymentConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, model: ModelConfig, log_level: str) -> None:  # type: ignore[misc]  # Serve awaits it
         from octavo.engine.build import build_engine
         from octavo.engine.loop import EngineLoop
 
-        show_logs(config.log_level)
-        import_s = await asyncio.to_thread(_import_engine, config.engine)
-        engine = await asyncio.to_thread(build_engine, config.engine)
+        show_logs(log_level)
+        import_s = await asyncio.to_thread(_import_engine, model.engine)
+        engine = await asyncio.to_thread(build_engine, model.engine)
         info = replace(engine.info, phases=(("import torch", import_s), *engine.info.phases))
         replica_id = serve.get_replica_context().replica_id.unique_id
 
         def start(on_deltas: OnDeltas) -> EngineLoop:
             return EngineLoop(engine.core, on_deltas)
 
-        super().__init__(replica_id, info, start, config.step_timeout_s)
+        super().__init__(replica_id, info, start, model.step_timeout_s)
 
     async def __del__(self) -> None:
         if hasattr(self, "_loop"):
@@ -70,54 +72,84 @@ class EngineHost(EngineReplica):
 
 @serve.ingress()
 class IngressHost:
-    """Builds the HTTP application of one ingress."""
+    """Builds the HTTP application of one ingress. `engines[i]` is the pool of `config.models[i]`."""
 
-    def __init__(self, config: DeploymentConfig, engine: DeploymentHandle[Any]) -> None:
+    def __init__(self, config: DeploymentConfig, engines: Sequence[DeploymentHandle[Any]]) -> None:
         show_logs(config.log_level)
         self._config = config
-        self._engine = engine
+        self._engines = engines
         self._receiver = TokenReceiver()
 
     async def __serve_build_asgi_app__(self) -> Any:
         from octavo.cluster.ingress.app import create_app
 
         await self._receiver.start(node_address())
-        client = ServeEngineClient(self._engine, self._receiver)
-        name, tokenizer = await asyncio.to_thread(load_text, self._config.engine)
-        return create_app(ingress_settings(self._config, name), client, tokenizer)
+        pools = zip(self._config.models, self._engines, strict=True)
+        return create_app([await self._service(model, engine) for model, engine in pools])
 
     async def __del__(self) -> None:
         if hasattr(self, "_receiver"):
             await self._receiver.stop()
 
+    async def _service(self, model: ModelConfig, engine: DeploymentHandle[Any]) -> Service:
+        from octavo.cluster.ingress.service import Service
+
+        client = ServeEngineClient(engine, self._receiver)
+        name, tokenizer = await asyncio.to_thread(load_text, model.engine)
+        return Service(ingress_settings(self._config, model, name), client, tokenizer)
+
 
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
     """The application of `args`, a DeploymentConfig or its mapping. Raises ConfigError."""
     config = args if isinstance(args, DeploymentConfig) else DeploymentConfig.from_mapping(args)
-    logs = LoggingConfig(enable_access_log=False, log_level="WARNING")  # of Serve's own; ours say more
-    engine = serve.deployment(
-        name=ENGINE,
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _num_gpus(config.engine)},
+    ingress = serve.deployment(
+        name=INGRESS,
+        num_replicas=config.num_ingresses,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=MAX_ONGOING,
+        # A connection cannot be handed over: an ingress that is to stop outlives the streams it carries.
+        graceful_shutdown_timeout_s=config.ingress_drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=3,
+        logging_config=LOGS,
+    )(IngressHost)
+    return ingress.bind(config, [engine_pool(model, config.log_level) for model in config.models])
+
+
+def engine_pool(model: ModelConfig, log_level: str) -> Application:
+    """The deployment of one model's replicas. With several ranks, each gets a bundle of the replica's placement group,
+    and the replica itself, which only drives them, sits in the first.
+    """
+    per_rank = {"CPU": model.num_cpus, "GPU": float(_num_gpus(model.engine))}
+    if model.engine.num_ranks > 1:
+        bundle = {name: amount for name, amount in per_rank.items() if amount}
+        if not bundle:
+            raise ConfigError(f"{model.name}: num_cpus must be above 0 where a replica has several ranks.")
+        placement: dict[str, Any] = {
+            "ray_actor_options": {"num_cpus": 0},
+            "placement_group_bundles": [dict(bundle) for _ in range(model.engine.num_ranks)],
+            "placement_group_strategy": "PACK",
+        }
+    else:
+        placement = {"ray_actor_options": {"num_cpus": per_rank["CPU"], "num_gpus": per_rank["GPU"]}}
+    return serve.deployment(
+        name=engine_name(model),
+        num_replicas=model.num_replicas,
+        **placement,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_WAITING_FOR_REPLICA,
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_timeout_s=model.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         health_check_timeout_s=30,
         max_constructor_retry_count=3,
-        logging_config=logs,
-    )(EngineHost)
-    ingress = serve.deployment(
-        name=INGRESS,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=MAX_ONGOING,
-        graceful_shutdown_timeout_s=config.drain_timeout_s + INGRESS_MARGIN_S,
-        graceful_shutdown_wait_loop_s=0.5,
-        max_constructor_retry_count=3,
-        logging_config=logs,
-    )(IngressHost)
-    return ingress.bind(config, engine.bind(config))
+        logging_config=LOGS,
+    )(EngineHost).bind(model, log_level)
+
+
+def engine_name(model: ModelConfig) -> str:
+    """What the model's pool is called in Serve and in Ray's dashboard."""
+    return "engine-" + (re.sub(r"[^a-z0-9._]+", "-", model.name.lower()).strip("-") or "model")
 
 
 def _import_engine(config: EngineConfig) -> float:
@@ -128,19 +160,19 @@ def _import_engine(config: EngineConfig) -> float:
     return time.perf_counter() - started
 
 
-def ingress_settings(config: DeploymentConfig, model_name: str) -> IngressSettings:
-    """`model_name`: what the model is called unless the configuration says otherwise. Raises ConfigError."""
+def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) -> IngressSettings:
+    """`name`: what the model is called unless the configuration says otherwise. Raises ConfigError."""
     limits = config.limits
     return IngressSettings(
-        served_model_names=config.served_model_name or (model_name,),
-        model_source=config.engine.model,
+        served_model_names=model.served_model_name or (name,),
+        model_source=model.engine.model,
         api_keys=config.api_key,
         max_body_bytes=limits.max_body_bytes,
         max_prompt_tokens=limits.max_prompt_tokens,
         max_choices=limits.max_choices,
         max_ongoing_requests=limits.max_ongoing_requests,
         request_timeout_s=limits.request_timeout_s,
-        chat_template=_chat_template(config.chat_template),
+        chat_template=_chat_template(model.chat_template),
         trust_request_chat_template=config.trust_request_chat_template,
         allowed_origins=config.allowed_origins,
     )

@@ -84,7 +84,8 @@ class Routing:
     def __post_init__(self) -> None:
         if self.policy not in ("prefix", "least_loaded", "round_robin") and ":" not in self.policy:
             raise ConfigError(
-                f"routing.policy must be prefix, least_loaded, round_robin or package.module:Class, got {self.policy!r}."
+                "routing.policy must be prefix, least_loaded, round_robin or package.module:Class, "
+                f"got {self.policy!r}."
             )
         _above_zero("routing.max_index_blocks", self.max_index_blocks)
         _above_zero("routing.failover_timeout_s", self.failover_timeout_s)
@@ -205,11 +206,15 @@ class DeploymentConfig:
     """Models and their common front. Names of models are unique.
 
     api_key: keys of which clients must send one; empty = open to all.
+    num_ingresses: processes that speak HTTP and gRPC. ingress_drain_timeout_s: how long one that is to stop may go on
+        with the streams it has; a connection cannot be handed over.
     """
 
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
     api_key: tuple[str, ...] = ()
     limits: Limits = Limits()
+    num_ingresses: int = 1
+    ingress_drain_timeout_s: float = 3600.0
     trust_request_chat_template: bool = False
     allowed_origins: tuple[str, ...] = ("*",)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -217,6 +222,8 @@ class DeploymentConfig:
     def __post_init__(self) -> None:
         if not all(self.api_key):
             raise ConfigError("An API key must not be empty.")
+        _above_zero("num_ingresses", self.num_ingresses)
+        _above_zero("ingress_drain_timeout_s", self.ingress_drain_timeout_s)
         if not self.models:
             raise ConfigError("models must name at least one model.")
         names = [name for model in self.models for name in model.served_model_name or (model.name,)]

@@ -113,6 +113,8 @@ FLAGS: tuple[Flag, ...] = (
         allowed_origins="Browser origins that may call; may be given several times.",
         chat_template="Jinja chat template, or a file with it, in place of the model's.",
         trust_request_chat_template="Let requests bring their own chat template.",
+        num_ingresses="Processes that speak HTTP and gRPC.",
+        ingress_drain_timeout_s="Seconds that an ingress which is replaced may go on with its streams.",
         log_level="debug, info, warning or error.",
     ),
     *_panel(
@@ -164,6 +166,7 @@ _SPELLINGS = {
     "drain_timeout_s": "--drain-timeout",
     "request_timeout_s": "--request-timeout",
     "step_timeout_s": "--step-timeout",
+    "ingress_drain_timeout_s": "--ingress-drain-timeout",
     "hang_timeout_s": "--hang-timeout",
     "failover_timeout_s": "--failover-timeout",
     "target_ttft_s": "--target-ttft",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -26,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from octavo.cluster.config import DeploymentConfig
+from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.machine import (
     check_port,
     check_reachable,
@@ -44,6 +45,8 @@ WATCH_S = 1.0
 FIRST_TOKEN_S = 120.0
 # Serve's own shutdown after all requests are done.
 SHUTDOWN_S = 20.0
+# An ingress outlives the engines' deadline by this, to tell its clients what became of their requests.
+INGRESS_MARGIN_S = 10.0
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 << 20  # nothing of ours goes through it
 
@@ -83,15 +86,17 @@ class StartUp:
         yield
         self.phases.append((name, time.perf_counter() - begun))
 
-    def table(self, info: EngineInfo) -> Table:
+    def table(self, infos: Mapping[str, EngineInfo]) -> Table:
         table = Table(title=None, show_header=False, box=None, padding=(0, 1))
         table.add_column(style="dim")
         table.add_column(justify="right")
         for name, seconds in self.phases:
             table.add_row(name, f"{seconds:6.2f} s")
             if name == "replica":
-                for inner, inner_seconds in info.phases:
-                    table.add_row(f"  {inner}", f"{inner_seconds:6.2f} s")
+                for model, info in infos.items():
+                    of = f" ({model})" if len(infos) > 1 else ""
+                    for inner, inner_seconds in info.phases:
+                        table.add_row(f"  {inner}{of}", f"{inner_seconds:6.2f} s")
         table.add_row("[bold]total[/bold]", f"[bold]{time.perf_counter() - self.started:6.2f} s[/bold]")
         return table
 
@@ -149,10 +154,11 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
                 _start_serve(options)
                 signals.arm()
             _deploy(config, options, start_up, signals.stop)
-            info = _engine_info()
+            infos = {model.name: _engine_info(model) for model in config.models}
             with start_up.phase("first token"):
-                _first_token(config, options)
-            _announce(console, config, options, start_up, info, dashboard)
+                for model in config.models:
+                    _first_token(config, model, options)
+            _announce(console, config, options, start_up, infos, dashboard)
             code = _watch(signals.stop)
             console.print("octavo: stopping; requests in progress may finish")
         except Stopped:
@@ -169,6 +175,10 @@ def prepare(config: DeploymentConfig) -> DeploymentConfig:
 
     Returns `config` with local paths in place of names. Raises ConfigError.
     """
+    return replace(config, models=tuple(_prepare_model(model) for model in config.models))
+
+
+def _prepare_model(config: ModelConfig) -> ModelConfig:
     from octavo.engine.loader.progress import Terminal
     from octavo.engine.loader.source import resolve_model
 
@@ -187,7 +197,7 @@ def prepare(config: DeploymentConfig) -> DeploymentConfig:
 
 def _prepare_environment(config: DeploymentConfig, options: ServerOptions) -> None:
     if options.address is None:
-        threads = max(1, physical_cores() // config.num_replicas)
+        threads = max(1, physical_cores() // _num_ranks(config))
         metrics_port, stats_port = free_ports(2)
         ports = (metrics_port, stats_port) if options.haproxy and has_haproxy() else None
         env.prepare_local_cluster(threads, ports)
@@ -205,7 +215,7 @@ def _start_ray(config: DeploymentConfig, options: ServerOptions) -> str | None:
             raise ConfigError(f"There is no Ray cluster at {options.address!r}: {_last_line(error)}") from None
     context = ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, int(config.num_replicas * config.num_cpus + 0.999)),
+        num_cpus=max(os.cpu_count() or 1, math.ceil(sum(_cpus(model) for model in config.models))),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=options.dashboard,
         **quiet,
@@ -256,20 +266,20 @@ def _deploy(config: DeploymentConfig, options: ServerOptions, start_up: StartUp,
                 raise Stopped
 
 
-def _engine_info() -> EngineInfo:
+def _engine_info(model: ModelConfig) -> EngineInfo:
     from ray import serve
 
     from octavo.cluster import wire
-    from octavo.cluster.app import APP, ENGINE
+    from octavo.cluster.app import APP, engine_name
     from octavo.protos.octavo.v1 import tokens_pb2
 
-    data = serve.get_deployment_handle(ENGINE, APP).info.remote().result(timeout_s=FIRST_TOKEN_S)
+    data = serve.get_deployment_handle(engine_name(model), APP).info.remote().result(timeout_s=FIRST_TOKEN_S)
     return wire.info_from_proto(tokens_pb2.EngineInfo.FromString(data))
 
 
-def _first_token(config: DeploymentConfig, options: ServerOptions) -> None:
+def _first_token(config: DeploymentConfig, model: ModelConfig, options: ServerOptions) -> None:
     """Ask the server itself: what is announced has been seen to work."""
-    body = {"model": _served_name(config), "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    body = {"model": model.name, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
     request = urllib.request.Request(f"{options.url}/v1/completions", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     if config.api_key:
@@ -289,19 +299,23 @@ def _announce(
     config: DeploymentConfig,
     options: ServerOptions,
     start_up: StartUp,
-    info: EngineInfo,
+    infos: Mapping[str, EngineInfo],
     dashboard: str | None,
 ) -> None:
-    console.print(start_up.table(info))
-    name = _served_name(config)
-    blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"
-    weights = "" if info.quantization == "none" else f", {info.quantization} weights"
-    what = f"{info.dtype}{weights} on {info.device}, context {info.max_model_len:,}, {blocks}"
-    console.print(f"[bold]{name}[/bold]: {what}")
+    console.print(start_up.table(infos))
+    for model in config.models:
+        info = infos[model.name]
+        blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"
+        weights = "" if info.quantization == "none" else f", {info.quantization} weights"
+        pool = f", {model.num_replicas} replicas" if model.num_replicas > 1 else ""
+        ranks = f" of {model.engine.num_ranks} ranks" if model.engine.num_ranks > 1 else ""
+        what = f"{info.dtype}{weights} on {info.device}, context {info.max_model_len:,}, {blocks}{pool}{ranks}"
+        console.print(f"[bold]{model.name}[/bold]: {what}")
     console.print(f"[bold green]Serving at {options.url}/v1[/bold green]  (Ctrl-C stops)")
     if dashboard is not None:
         console.print(f"Ray dashboard at {dashboard} (`ray get-auth-token` prints its token)")
     key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
+    name = config.models[0].name
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     console.print(
         f"  curl {options.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'",
@@ -326,11 +340,12 @@ def _stop(config: DeploymentConfig, options: ServerOptions) -> None:
     import ray
     from ray import serve
 
-    from octavo.cluster.app import APP, INGRESS_MARGIN_S
+    from octavo.cluster.app import APP
 
     try:
         serve.delete(APP, _blocking=False)
-        deadline = time.monotonic() + config.drain_timeout_s + INGRESS_MARGIN_S + SHUTDOWN_S
+        drain_s = max(model.drain_timeout_s for model in config.models)
+        deadline = time.monotonic() + drain_s + INGRESS_MARGIN_S + SHUTDOWN_S
         while APP in serve.status().applications and time.monotonic() < deadline:
             time.sleep(POLL_S)
     except Exception as error:
@@ -338,8 +353,12 @@ def _stop(config: DeploymentConfig, options: ServerOptions) -> None:
     ray.shutdown()
 
 
-def _served_name(config: DeploymentConfig) -> str:
-    return config.served_model_name[0] if config.served_model_name else config.engine.model
+def _num_ranks(config: DeploymentConfig) -> int:
+    return sum(model.max_replicas * model.engine.num_ranks for model in config.models)
+
+
+def _cpus(model: ModelConfig) -> float:
+    return model.max_replicas * model.engine.num_ranks * model.num_cpus
 
 
 def _quiet_driver() -> None:

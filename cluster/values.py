@@ -1,4 +1,4 @@
-"""From YAML to typed dataclasses: every key known, every value of its field's type, or a ConfigError that names the key.
+"""From YAML to typed dataclasses: every key known, every value of its field's type, or a ConfigError naming the key.
 
 Knows dataclasses and YAML. Does not know what the settings mean.
 """

@@ -7,7 +7,7 @@ socket, or in a Serve deployment alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,7 +18,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from octavo.cluster.ingress import replies
-from octavo.cluster.ingress.client import EngineClient, ReplicaLost
+from octavo.cluster.ingress.catalog import Catalog
+from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.ingress.errors import TimedOut, failure
 from octavo.cluster.ingress.gate import Gate, Visit
 from octavo.cluster.ingress.prompts import check_ids
@@ -32,10 +33,8 @@ from octavo.cluster.ingress.protocol import (
     parse,
 )
 from octavo.cluster.ingress.service import Service
-from octavo.cluster.ingress.settings import IngressSettings
-from octavo.cluster.observability.metrics import CONTENT_TYPE
-from octavo.engine.errors import NotFoundError
-from octavo.engine.text.tokenizer import Tokenizer
+from octavo.cluster.observability.metrics import CONTENT_TYPE, IngressMetrics, exposition
+from octavo.engine.types import EngineStats
 
 BODIES: Mapping[str, type[Body]] = {
     "/v1/completions": CompletionBody,
@@ -47,11 +46,13 @@ BODY_S = 120.0  # how long a client may take to send its body
 PARSE_IN_THREAD_BYTES = 1 << 17
 
 
-def create_app(settings: IngressSettings, client: EngineClient, tokenizer: Tokenizer) -> FastAPI:
-    """The ASGI application that serves one model. Its Service is at `app.state.service`."""
-    service = Service(settings, client, tokenizer)
+def create_app(services: Sequence[Service]) -> FastAPI:
+    """The ASGI application that serves the models of `services`, at least one; they agree in keys, origins and body
+    size. Its Catalog is at `app.state.catalog`.
+    """
+    catalog, settings = Catalog(services), services[0].settings
     app = FastAPI(title="octavo", version=octavo_version(), redirect_slashes=False)
-    app.state.service = service
+    app.state.catalog = catalog
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_middleware(Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
     if settings.allowed_origins:
@@ -62,31 +63,34 @@ def create_app(settings: IngressSettings, client: EngineClient, tokenizer: Token
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    _generation_paths(app, service)
-    _token_paths(app, service)
-    _model_paths(app, service)
-    _operator_paths(app, service)
+    _generation_paths(app, catalog)
+    _token_paths(app, catalog)
+    _model_paths(app, catalog)
+    _operator_paths(app, catalog)
     _describe_bodies(app)
     return app
 
 
-def _generation_paths(app: FastAPI, service: Service) -> None:
+def _generation_paths(app: FastAPI, catalog: Catalog) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """Continue a prompt (OpenAI's completions)."""
-        return await service.complete(await _read(CompletionBody, request), _visit(request))
+        body = await _read(CompletionBody, request)
+        return await catalog.find(body.model).complete(body, _visit(request))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation (OpenAI's chat completions)."""
-        return await service.chat(await _read(ChatBody, request), _visit(request))
+        body = await _read(ChatBody, request)
+        return await catalog.find(body.model).chat(body, _visit(request))
 
 
-def _token_paths(app: FastAPI, service: Service) -> None:
+def _token_paths(app: FastAPI, catalog: Catalog) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """A text's tokens, or a conversation's as the model would get it."""
         body = await _read(TokenizeBody, request)
+        service = catalog.find(body.model)
         service.check(body)
         return _json(await service.tokenize(body))
 
@@ -94,6 +98,7 @@ def _token_paths(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         """The text of tokens."""
         body = await _read(DetokenizeBody, request)
+        service = catalog.find(body.model)
         service.check(body)
         info = await service.info()
         check_ids(body.tokens, info.vocab_size, "tokens")
@@ -101,33 +106,32 @@ def _token_paths(app: FastAPI, service: Service) -> None:
         return _json({"prompt": text})
 
 
-def _model_paths(app: FastAPI, service: Service) -> None:
+def _model_paths(app: FastAPI, catalog: Catalog) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        """The names under which the model is served."""
-        return _json(
-            {"object": "list", "data": [await service.model(name) for name in service.settings.served_model_names]}
-        )
+        """The names under which models are served."""
+        return _json({"object": "list", "data": [await catalog.find(name).model(name) for name in catalog.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if name not in service.settings.served_model_names:
-            raise NotFoundError(f"The model {name[:256]!r} is not served here.", "model")
-        return _json(await service.model(name))
+        return _json(await catalog.find(name).model(name))
 
 
-def _operator_paths(app: FastAPI, service: Service) -> None:
+def _operator_paths(app: FastAPI, catalog: Catalog) -> None:
+    async def check() -> None:
+        await asyncio.gather(*(service.stats() for service in catalog))
+
     @app.get("/health")
     async def health() -> Response:
-        """200 while an engine answers, else 503."""
-        await service.stats()
+        """200 while an engine of each model answers, else 503."""
+        await check()
         return Response(status_code=200)
 
     @app.get("/ping")
     @app.post("/ping")
     async def ping() -> Response:
         """The same, under the name SageMaker knows."""
-        await service.stats()
+        await check()
         return Response(status_code=200)
 
     @app.get("/version")
@@ -137,11 +141,15 @@ def _operator_paths(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
-        try:
-            engines = await service.stats()
-        except ReplicaLost:
-            engines = []  # what the ingress has counted is worth showing in any case
-        return Response((await service.metrics()).exposition(engines), media_type=CONTENT_TYPE)
+        return Response(exposition(await asyncio.gather(*map(_counted, catalog))), media_type=CONTENT_TYPE)
+
+
+async def _counted(service: Service) -> tuple[IngressMetrics, Sequence[EngineStats]]:
+    try:
+        engines = await service.stats()
+    except ReplicaLost:
+        engines = []  # what the ingress has counted is worth showing in any case
+    return await service.metrics(), engines
 
 
 def octavo_version() -> str:

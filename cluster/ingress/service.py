@@ -23,7 +23,7 @@ from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, Gene
 from octavo.cluster.ingress.sampling import only_scores, sampling_params
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.observability.metrics import IngressMetrics
-from octavo.engine.errors import CapacityError, NotFoundError, RequestError
+from octavo.engine.errors import CapacityError, RequestError
 from octavo.engine.text.bad_words import bad_words_token_ids
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request
@@ -71,12 +71,7 @@ class Service:
         return engines
 
     def check(self, body: Body) -> None:
-        """What holds for every body: a model that is served here, and no field that asks for what is not there."""
-        names = self.settings.served_model_names
-        if body.model is not None and body.model not in names:
-            raise NotFoundError(
-                f"The model {body.model[:MAX_NAME_CHARS]!r} is not served here; {names[0]!r} is.", "model"
-            )
+        """What holds for every body: fields that nobody knows are counted, and each reported once."""
         unknown = body.unknown_fields()
         if unknown and self._metrics is not None:
             self._metrics.ignored_fields(len(unknown))

@@ -95,9 +95,10 @@ class IngressMetrics:
     def ignored_fields(self, count: int) -> None:
         self._ignored.labels(self._model_name).inc(count)
 
-    def exposition(self, engines: Sequence[EngineStats]) -> bytes:
-        """All metrics in Prometheus' text format; `engines` is a snapshot of each replica."""
-        return generate_latest(self.registry) + generate_latest(_EngineCollector(self._model_name, engines))
+    def collect(self, engines: Sequence[EngineStats]) -> Iterator[Metric]:
+        """All metrics; `engines` is a snapshot of each replica."""
+        yield from self.registry.collect()
+        yield from _EngineCollector(self._model_name, engines).collect()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"octavo:{name}", text, ("model_name", *labels), registry=self.registry)
@@ -105,6 +106,26 @@ class IngressMetrics:
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         histogram = Histogram(f"octavo:{name}", text, ("model_name",), registry=self.registry, buckets=tuple(buckets))
         return histogram.labels(self._model_name)
+
+
+def exposition(models: Iterable[tuple[IngressMetrics, Sequence[EngineStats]]]) -> bytes:
+    """The metrics of all models in Prometheus' text format, each family once."""
+    families: dict[str, Metric] = {}
+    for metrics, engines in models:
+        for metric in metrics.collect(engines):
+            if metric.name in families:
+                families[metric.name].samples.extend(metric.samples)
+            else:
+                families[metric.name] = metric
+    return generate_latest(_Families(families.values()))
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
 
 
 class _EngineCollector(Collector):

@@ -14,13 +14,14 @@ import httpx
 import pytest
 
 from octavo.cluster import machine
-from octavo.cluster.config import SERVING_DEFAULTS, DeploymentConfig, Limits
+from octavo.cluster.config import SERVING_DEFAULTS, Autoscaling, DeploymentConfig, Limits, ModelConfig, Routing
 from octavo.cluster.flags import FLAGS, merge
 from octavo.engine.config import EngineConfig
+from octavo.engine.errors import ConfigError
 
 OCTAVO = [sys.executable, "-m", "octavo.cluster.cli"]
 ENV = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
-NOTHING = {flag.name: None for flag in FLAGS}
+NOTHING = {flag.key: None for flag in FLAGS}
 
 
 def octavo(*args, timeout=30):
@@ -28,9 +29,10 @@ def octavo(*args, timeout=30):
 
 
 def test_every_setting_has_a_flag():
-    settings = {("engine", field.name) for field in dataclasses.fields(EngineConfig)} - {("engine", "model")}
-    settings |= {("limits", field.name) for field in dataclasses.fields(Limits)}
-    settings |= {("", field.name) for field in dataclasses.fields(DeploymentConfig)} - {("", "engine"), ("", "limits")}
+    classes = {"engine": EngineConfig, "limits": Limits, "routing": Routing, "autoscaling": Autoscaling}
+    settings = {(section, field.name) for section, cls in classes.items() for field in dataclasses.fields(cls)}
+    settings |= {("", field.name) for cls in (DeploymentConfig, ModelConfig) for field in dataclasses.fields(cls)}
+    settings -= {("engine", "model"), ("", "models"), *(("", section) for section in classes)}
     assert {(flag.section, flag.name) for flag in FLAGS} == settings
 
 
@@ -38,10 +40,18 @@ def test_flags_go_before_the_file_and_the_file_before_defaults():
     file = {"model": "a", "num_replicas": 2, "engine": {"block_size": 32, "seed": 5}}
     given = {**NOTHING, "block_size": 64, "max_body_bytes": "1MiB", "enable_prefix_caching": False}
     config = DeploymentConfig.from_mapping(merge(file, given))
-    assert (config.engine.block_size, config.engine.seed, config.engine.model) == (64, 5, "a")
-    assert (config.num_replicas, config.limits.max_body_bytes) == (2, 1 << 20)
-    assert config.engine.enable_prefix_caching is False
-    assert DeploymentConfig.from_mapping(merge({}, NOTHING)).engine == EngineConfig(**SERVING_DEFAULTS)
+    (model,) = config.models
+    assert (model.engine.block_size, model.engine.seed, model.engine.model) == (64, 5, "a")
+    assert (model.num_replicas, config.limits.max_body_bytes) == (2, 1 << 20)
+    assert model.engine.enable_prefix_caching is False
+    assert DeploymentConfig.from_mapping(merge({}, NOTHING)).models[0].engine == EngineConfig(**SERVING_DEFAULTS)
+
+
+def test_flags_of_one_model_do_not_go_with_a_list_of_models():
+    file = {"models": [{"model": "a"}, {"model": "b"}]}
+    assert merge(file, {**NOTHING, "max_body_bytes": "1MiB"})["limits"] == {"max_body_bytes": "1MiB"}
+    with pytest.raises(ConfigError, match="--routing-policy is a setting of one model"):
+        merge(file, {**NOTHING, "routing_policy": "round_robin"})
 
 
 def test_help_is_quick_and_light():

@@ -26,7 +26,8 @@ limits:
 """
     )
     config = DeploymentConfig.from_file(file)
-    assert config.engine == EngineConfig(
+    (model,) = config.models
+    assert model.engine == EngineConfig(
         model="org/name",
         dtype="bfloat16",
         kv_cache_memory_bytes=2 << 30,
@@ -34,15 +35,32 @@ limits:
         enable_prefix_caching=False,
         max_num_queued_reqs=1024,
     )
-    assert config.served_model_name == ("big", "bigger")
+    assert model.served_model_name == ("big", "bigger")
     assert config.api_key == ("secret",)
-    assert config.num_replicas == 3
+    assert model.num_replicas == 3
     assert config.limits.max_body_bytes == 1 << 20
     assert config.limits.request_timeout_s == 30.0
 
 
 def test_defaults_are_those_of_the_dataclass():
     assert DeploymentConfig.from_mapping({}) == DeploymentConfig()
+
+
+def test_several_models():
+    config = DeploymentConfig.from_mapping(
+        {
+            "api_key": "k",
+            "models": [
+                {"model": "org/one", "num_replicas": 2, "routing": {"policy": "least_loaded"}},
+                {"model": "two.gguf", "engine": {"block_size": 32}, "autoscaling": {"max_replicas": 4}},
+            ],
+        }
+    )
+    one, two = config.models
+    assert (one.name, two.name) == ("one", "two")
+    assert (one.num_replicas, one.max_replicas, two.max_replicas) == (2, 2, 4)
+    assert (one.routing.policy, two.routing.policy) == ("least_loaded", "prefix")
+    assert (two.engine.block_size, two.autoscaling.min_replicas, one.autoscaling) == (32, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +77,15 @@ def test_defaults_are_those_of_the_dataclass():
         ({"engine": [1]}, "engine"),
         ({"limits": {"max_body_bytes": 0}}, "limits.max_body_bytes"),
         ({"limits": {"max_body": 1}}, "limits.max_body"),
+        ({"routing": {"policy": "random"}}, "routing.policy"),
+        ({"routing": {"polcy": "prefix"}}, "routing.polcy"),
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling.max_replicas"),
+        ({"autoscaling": {"target_kv_usage": 80}}, "autoscaling.target_kv_usage"),
+        ({"models": []}, "models"),
+        ({"models": {"model": "a"}}, "models"),
+        ({"models": [{"model": "a"}], "engine": {}}, "engine belongs to a model"),
+        ({"models": [{"model": "a", "engine": {"blocksize": 1}}]}, r"models\[0\].engine.blocksize"),
+        ({"models": [{"model": "x/a"}, {"model": "y/a"}]}, "'a' is the name of two models"),
         ({"pattern": "star"}, "pattern"),
         ({"num_replicas": 0}, "num_replicas"),
         ({"num_replicas": True}, "num_replicas"),

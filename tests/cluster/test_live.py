@@ -9,7 +9,7 @@ import ray
 from fakes import until
 from ray import serve
 
-from octavo.cluster.app import APP, ENGINE, build_app
+from octavo.cluster.app import APP, build_app
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.machine import free_ports
 from octavo.cluster.routing.client import ServeEngineClient
@@ -18,6 +18,7 @@ from octavo.engine.errors import CapacityError, RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
+ENGINE = "engine-fake"
 ARGS = {"model": "fake", "engine": {"max_num_seqs": 2, "max_num_queued_reqs": 3}, "drain_timeout_s": 5}
 
 

@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from octavo.cluster.ingress.app import create_app
+from octavo.cluster.ingress.service import Service
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.engine.text.byte_tokenizer import EOS, ByteTokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta, TokenLogprobs
@@ -123,7 +124,7 @@ SETTINGS = {"served_model_names": ("scripted", "other-name"), "created": 1234}
 @contextlib.asynccontextmanager
 async def without_socket(client, **settings):
     """An httpx client that talks to the application directly."""
-    app = create_app(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())
+    app = create_app([Service(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())])
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     async with httpx.AsyncClient(transport=transport, base_url="http://octavo") as http:
         yield http
@@ -132,7 +133,7 @@ async def without_socket(client, **settings):
 @contextlib.contextmanager
 def listening(client, send_buffer=None, **settings):
     """The application under uvicorn on a port of 127.0.0.1; → its URL."""
-    app = create_app(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())
+    app = create_app([Service(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())])
     listener = socket.socket()
     if send_buffer is not None:  # the accepted sockets get it too
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

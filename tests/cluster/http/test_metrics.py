@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from octavo.cluster.observability.metrics import Finished, IngressMetrics, token_buckets
+from octavo.cluster.observability.metrics import Finished, IngressMetrics, exposition, token_buckets
 from octavo.engine.errors import CapacityError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import EngineStats
@@ -86,7 +86,7 @@ def test_tokens_that_come_together_share_their_gap():
     metrics.started(5, SamplingParams(max_tokens=None))
     metrics.next_tokens(0.4, 4)
     metrics.finished(Finished("stop", 5, 1.0, 0.4))
-    found = parse(metrics.exposition([]).decode())
+    found = parse(exposition([(metrics, [])]).decode())
     assert found[("inter_token_latency_seconds_count",)] == 4
     assert found[("inter_token_latency_seconds_sum",)] == pytest.approx(0.4)
     assert found["inter_token_latency_seconds_bucket", "0.1"] == 4
