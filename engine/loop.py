@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -101,9 +101,9 @@ class EngineLoop:
                 self._publish(self.core.abort(item[1]))
                 continue
             try:
-                self.core.add(item[1])
+                self._publish(self.core.add(item[1]))
             except OctavoError as error:  # lost a race with another submit: the same id, or the last place in the queue
-                self._refuse(item[1].request_id, item[1].params.n, str(error))
+                self._refuse(item[1].request_id, [wanted.index for wanted in item[1].sequences], str(error))
 
     def _publish(self, deltas: list[TokenDelta]) -> None:
         if not deltas:
@@ -117,8 +117,8 @@ class EngineLoop:
         except Exception:
             log.exception("on_deltas failed; %d deltas are lost", len(deltas))
 
-    def _refuse(self, request_id: str, n: int, error: str) -> None:
-        self._publish([TokenDelta(request_id, i, (), finish_reason="error", error=error) for i in range(n)])
+    def _refuse(self, request_id: str, indices: Sequence[int], error: str) -> None:
+        self._publish([TokenDelta(request_id, i, (), finish_reason="error", error=error) for i in indices])
 
     def _die(self, error: BaseException) -> None:
         """The engine cannot go on: say so to everybody who waits, once."""
@@ -132,4 +132,4 @@ class EngineLoop:
             except Exception:
                 log.debug("abort of %s after the failure", request_id, exc_info=True)
         for request_id in tuple(self._live):
-            self._refuse(request_id, 1, message)
+            self._refuse(request_id, [0], message)

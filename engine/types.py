@@ -14,11 +14,23 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """A sequence of a request that another engine began: it goes on behind `token_ids`, the tokens generated so far.
+
+    `index` is its number within the request (0 … n-1). Without tokens it starts from the prompt.
+    """
+
+    index: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """Tokens in: one client request as the engine core takes it.
 
     `params.seed` is resolved (never None) by whoever made the request, so that a resubmission draws the same tokens.
     `bad_words_token_ids` are the token sequences that `params.bad_words` stand for.
+    `resume`: the sequences that run, each as if it had never stopped; empty = all n, from the start.
     `arrival_time` is seconds on the maker's monotonic clock; the core only subtracts it from its own clock's values.
     """
 
@@ -29,6 +41,12 @@ class Request:
     cache_salt: str | None = None
     arrival_time: float = 0.0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    resume: tuple[Resumed, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Resumed, ...]:
+        """The sequences that run, in order; each of them gets one finish reason."""
+        return tuple(sorted(self.resume, key=lambda r: r.index)) or tuple(map(Resumed, range(self.params.n)))
 
 
 @dataclass(frozen=True, slots=True)

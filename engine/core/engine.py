@@ -42,9 +42,9 @@ class EngineCore:
         self._in_flight = 0
         self._last_step_at = clock()
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError or CapacityError."""
-        self.scheduler.add(request)
+    def add(self, request: Request) -> list[TokenDelta]:
+        """Queue a request. Raises RequestError or CapacityError. Returns what ends at once (see Scheduler.add)."""
+        return self.scheduler.add(request)
 
     def abort(self, request_id: str) -> list[TokenDelta]:
         """End a request now: its blocks are free before the next step is planned."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -78,10 +79,30 @@ class Scheduler:
 
     # ── requests in and out ───────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if it can never run, CapacityError if the queue is full."""
+    def add(self, request: Request) -> list[TokenDelta]:
+        """Queue a request. Raises RequestError if it can never run, CapacityError if the queue is full.
+
+        Returns the ends of resumed sequences whose tokens so far are all there will be; as a rule none.
+        """
         self.check(request)
         self.check_room()
+        live: list[Sequence] = []
+        ended: list[TokenDelta] = []
+        for sequence in self._sequences_of(request):
+            reason, stop_reason = self._end_of(sequence) if sequence.num_output else (None, None)
+            if reason is None:
+                sequence.join(live)
+                self._count_waiting(sequence, +1)
+                live.append(sequence)
+            else:
+                end = TokenDelta(request.request_id, sequence.index, (), finish_reason=reason, stop_reason=stop_reason)
+                ended.append(end)
+        if live:
+            self._requests[request.request_id] = live
+            self._waiting.push(live[0])
+        return ended
+
+    def _sequences_of(self, request: Request) -> Iterator[Sequence]:
         params = request.params
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -89,18 +110,11 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         longest = self.limits.max_model_len
         max_total = longest if params.max_tokens is None else min(longest, num_prompt + params.max_tokens)
-        sequences: list[Sequence] = []
-        for index in range(params.n):
+        for wanted in request.sequences:
             self._order += 1
             key = self._key(request.priority, self._step, self._order)
-            seed = sequence_seed(params.seed or 0, index)
-            leader = sequences[0] if sequences else None
-            sequences.append(Sequence(request, index, key, seed, max_total, frozenset(stops), leader))
-        sequences[0].held_back = sequences[1:]
-        self._requests[request.request_id] = sequences
-        for sequence in sequences:
-            self._count_waiting(sequence, +1)
-        self._waiting.push(sequences[0])
+            seed = sequence_seed(params.seed or 0, wanted.index)
+            yield Sequence(request, wanted, key, seed, max_total, frozenset(stops))
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request can never run here."""
@@ -117,6 +131,12 @@ class Scheduler:
             )
         if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
             raise RequestError(f"The prompt has a token id outside of 0 … {limits.vocab_size - 1}.", "prompt")
+        for resumed in request.resume:
+            if any(not 0 <= token < limits.vocab_size for token in resumed.token_ids):
+                raise RequestError(f"A token to resume from is outside of 0 … {limits.vocab_size - 1}.", "resume")
+        indices = [resumed.index for resumed in request.resume]
+        if len(set(indices)) < len(indices) or any(not 0 <= index < params.n for index in indices):
+            raise RequestError(f"resume must name sequences 0 … {params.n - 1}, each once.", "resume")
         params.check_vocab(limits.vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
@@ -240,11 +260,11 @@ class Scheduler:
         insort(self.running, sequence, key=lambda s: s.key)
         if not sequence.admitted:
             sequence.admitted = True
-            sequence.num_cached = num_kv
+            sequence.num_cached = min(num_kv, sequence.num_prompt)
             if sequence.leader is None:
                 self._counters["prefix_queries"] += known
                 self._counters["prefix_hits"] += num_kv
-                self._counters["prompt_tokens"] += known
+                self._counters["prompt_tokens"] += sequence.num_prompt
         extended = self._extend(sequence, count, draft)
         assert extended, f"{wanted} blocks were promised of {self.pool.available}"
         draft.new.append(
@@ -372,12 +392,7 @@ class Scheduler:
         for token in got.token_ids:
             sequence.tokens.append(token)
             count += 1
-            if token in sequence.stop_token_ids and sequence.num_output >= sequence.request.params.min_tokens:
-                reason = "stop"
-                own_stop = token not in self.limits.eos_token_ids or sequence.request.params.ignore_eos
-                stop_reason = token if own_stop else None
-            elif len(sequence.tokens) >= sequence.max_total:
-                reason = "length"
+            reason, stop_reason = self._end_of(sequence)
             if reason:
                 break
         self._counters["generation_tokens"] += count
@@ -396,6 +411,14 @@ class Scheduler:
         if reason:
             self._finish(sequence, reason)
         return delta
+
+    def _end_of(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        """Whether the newest token ends the sequence: (finish reason, stop reason)."""
+        token, params = sequence.tokens[-1], sequence.request.params
+        if token in sequence.stop_token_ids and sequence.num_output >= params.min_tokens:
+            own_stop = token not in self.limits.eos_token_ids or params.ignore_eos
+            return "stop", token if own_stop else None
+        return ("length" if len(sequence.tokens) >= sequence.max_total else None), None
 
     def _finished_delta(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:
         self._finish(sequence, reason)
@@ -459,7 +482,7 @@ class Scheduler:
 
     def _count_waiting(self, sequence: Sequence, change: int) -> None:
         self._num_waiting += change
-        self._waiting_tokens += change * sequence.num_prompt
+        self._waiting_tokens += change * sequence.num_given
 
 
 def waste(sequences: Seq[Sequence], block_size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from enum import Enum
 
 from octavo.engine.core.policy import Key
 from octavo.engine.core.prefix import next_name, root_name
-from octavo.engine.types import FinishReason, Request, TokenLogprobs
+from octavo.engine.types import FinishReason, Request, Resumed, TokenLogprobs
 
 
 class State(Enum):
@@ -30,6 +30,7 @@ class Sequence:
     slot:       place in the ranks' buffers while running, else -1
     leader:     the first sample of the request, whose prompt blocks this one may share; None for that sample itself
     held_back:  of a leader: the samples that wait until its prompt is computed
+    num_given:  tokens known on arrival: the prompt, and what a resumed sequence had generated elsewhere
     num_cached: prompt tokens whose KV was there at the first admission
     """
 
@@ -47,6 +48,7 @@ class Sequence:
         "names",
         "num_cached",
         "num_computed",
+        "num_given",
         "num_pending",
         "num_prompt",
         "prompt_logprobs",
@@ -61,24 +63,25 @@ class Sequence:
     def __init__(
         self,
         request: Request,
-        index: int,
+        wanted: Resumed,
         key: Key,
         seed: int,
         max_total: int,
         stop_token_ids: frozenset[int],
-        leader: Sequence | None = None,
     ) -> None:
         self.request = request
-        self.index = index
+        self.index = wanted.index
         self.key = key
         self.seed = seed
         self.max_total = max_total
         self.stop_token_ids = stop_token_ids
-        self.leader = leader
+        self.leader: Sequence | None = None
         self.held_back: list[Sequence] = []
-        self.state = State.WAITING if leader is None else State.HELD_BACK
+        self.state = State.WAITING
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
+        self.tokens += wanted.token_ids
+        self.num_given = len(self.tokens)
         self.num_computed = 0
         self.num_pending = 0
         self.kv_from = 0
@@ -89,8 +92,16 @@ class Sequence:
         self.admitted = False
         self.num_cached = 0
         self.finish_reason: FinishReason | None = None
-        wanted = request.params.prompt_logprobs is not None and index == 0
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] * self.num_prompt if wanted else None
+        # They travel with the first token: a sequence that is resumed behind one has delivered them.
+        scores = request.params.prompt_logprobs is not None and wanted == Resumed(0)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] * self.num_prompt if scores else None
+
+    def join(self, samples: list[Sequence]) -> None:
+        """Become one more of a request's samples; the first is the leader."""
+        if samples:
+            self.leader = samples[0]
+            self.leader.held_back.append(self)
+            self.state = State.HELD_BACK
 
     @property
     def num_total(self) -> int:
