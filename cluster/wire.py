@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import (
@@ -18,6 +18,7 @@ from octavo.engine.types import (
     FinishReason,
     GenerationDefaults,
     Request,
+    Resumed,
     TokenDelta,
     TokenLogprobs,
 )
@@ -102,6 +103,7 @@ def request_to_proto(request: Request) -> Any:
         priority=request.priority,
         cache_salt=request.cache_salt,
         bad_words_token_ids=[tokens_pb2.Tokens(ids=ids) for ids in request.bad_words_token_ids],
+        resume=[tokens_pb2.Resumed(index=item.index, token_ids=item.token_ids) for item in request.resume],
     )
 
 
@@ -115,6 +117,7 @@ def request_from_proto(proto: Any, arrival_time: float) -> Request:
         cache_salt=proto.cache_salt if proto.HasField("cache_salt") else None,
         arrival_time=arrival_time,
         bad_words_token_ids=tuple(tuple(tokens.ids) for tokens in proto.bad_words_token_ids),
+        resume=tuple(Resumed(item.index, tuple(item.token_ids)) for item in proto.resume),
     )
 
 
@@ -148,6 +151,8 @@ def encode_reply(error: OctavoError | None) -> bytes:
                 failure.param = error.param
         case CapacityError():
             reply.capacity.message, reply.capacity.retry_after_s = error.message, error.retry_after_s
+        case HandedOver():
+            reply.handed_over = str(error)
         case _:
             reply.lost = str(error)
     return bytes(reply.SerializeToString())
@@ -163,6 +168,8 @@ def decode_reply(data: bytes) -> OctavoError | None:
             return kind(reply.request.message, reply.request.param if reply.request.HasField("param") else None)
         case "capacity":
             return CapacityError(reply.capacity.message, reply.capacity.retry_after_s)
+        case "handed_over":
+            return HandedOver(reply.handed_over)
         case _:
             return ReplicaLost(reply.lost)
 

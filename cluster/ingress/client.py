@@ -19,6 +19,10 @@ class ReplicaLost(OctavoError):
     """The replica that served the request is gone and no other could take the request over (HTTP 503)."""
 
 
+class HandedOver(ReplicaLost):
+    """The replica is well but has to stop: what is left of the request is another one's."""
+
+
 class EngineClient(Protocol):
     """One or many replicas, as the ingress sees them. All methods run on the ingress's event loop."""
 
@@ -123,7 +127,7 @@ class LocalEngineClient:
             raise RequestError(f"A request with the id {request.request_id!r} is running already.", "request_id")
         self._aio = asyncio.get_running_loop()
         mailbox = self._mailboxes[request.request_id] = Mailbox()
-        submitted, unfinished = False, request.params.n
+        submitted, unfinished = False, len(request.sequences)
         try:
             self._loop.submit(request)
             submitted = True

@@ -10,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.cluster import wire
-from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.engine.params import SamplingParams
-from octavo.engine.types import EngineInfo, EngineStats, GenerationDefaults, Request, TokenDelta, TokenLogprobs
+from octavo.engine.types import (
+    EngineInfo,
+    EngineStats,
+    GenerationDefaults,
+    Request,
+    Resumed,
+    TokenDelta,
+    TokenLogprobs,
+)
 from octavo.protos import generate
 from octavo.protos.octavo.v1 import sampling_pb2, tokens_pb2
 
@@ -57,6 +65,7 @@ requests = st.builds(
     cache_salt=st.none() | words,
     arrival_time=st.just(7.0),
     bad_words_token_ids=st.lists(tokens, max_size=3).map(tuple),
+    resume=st.lists(st.builds(Resumed, st.integers(0, 4), tokens), max_size=3).map(tuple),
 )
 logprobs = st.builds(
     TokenLogprobs,
@@ -139,11 +148,15 @@ def test_errors_stay_typed(error):
     assert vars(back) == vars(error)
 
 
-def test_reply_without_error_and_lost():
+@pytest.mark.parametrize("error", [ReplicaLost("gone"), HandedOver("has to stop")])
+def test_lost_and_handed_over(error):
+    back = wire.decode_reply(wire.encode_reply(error))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+
+
+def test_reply_without_error():
     assert wire.decode_reply(wire.encode_reply(None)) is None
-    lost = wire.decode_reply(wire.encode_reply(ReplicaLost("gone")))
-    assert isinstance(lost, ReplicaLost)
-    assert str(lost) == "gone"
 
 
 def test_generated_modules_are_current(tmp_path: Path):

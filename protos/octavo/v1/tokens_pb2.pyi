@@ -22,12 +22,14 @@ FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class TokenBatch(_message.Message):
-    __slots__ = ("deltas", "stats")
+    __slots__ = ("deltas", "stats", "accepted")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedCompositeFieldContainer[TokenDelta]
     stats: EngineStats
-    def __init__(self, deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ...) -> None: ...
+    accepted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., accepted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StreamEnd(_message.Message):
     __slots__ = ()
@@ -154,20 +156,30 @@ class EngineInfo(_message.Message):
     def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ..., quantization: _Optional[str] = ..., batch_invariant: _Optional[bool] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids")
+    __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids", "resume")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     BAD_WORDS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     params: _sampling_pb2.SamplingParams
     priority: int
     cache_salt: str
     bad_words_token_ids: _containers.RepeatedCompositeFieldContainer[Tokens]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., bad_words_token_ids: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ...) -> None: ...
+    resume: _containers.RepeatedCompositeFieldContainer[Resumed]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., bad_words_token_ids: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., resume: _Optional[_Iterable[_Union[Resumed, _Mapping]]] = ...) -> None: ...
+
+class Resumed(_message.Message):
+    __slots__ = ("index", "token_ids")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("ids",)
@@ -196,7 +208,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., ingress: _Optional[_Union[Ingress, _Mapping]] = ..., stream_id: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("request", "capacity", "lost")
+    __slots__ = ("request", "capacity", "lost", "handed_over")
     class RequestFailure(_message.Message):
         __slots__ = ("message", "param", "not_found")
         MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -216,7 +228,9 @@ class GenerateReply(_message.Message):
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     request: GenerateReply.RequestFailure
     capacity: GenerateReply.CapacityFailure
     lost: str
-    def __init__(self, request: _Optional[_Union[GenerateReply.RequestFailure, _Mapping]] = ..., capacity: _Optional[_Union[GenerateReply.CapacityFailure, _Mapping]] = ..., lost: _Optional[str] = ...) -> None: ...
+    handed_over: str
+    def __init__(self, request: _Optional[_Union[GenerateReply.RequestFailure, _Mapping]] = ..., capacity: _Optional[_Union[GenerateReply.CapacityFailure, _Mapping]] = ..., lost: _Optional[str] = ..., handed_over: _Optional[str] = ...) -> None: ...
