@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
+from octavo.engine.core.blocks import BlockChanges
+from octavo.engine.core.prefix import NAME_BYTES
 from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import (
@@ -138,6 +140,16 @@ def decode_submission(data: bytes, arrival_time: float) -> Submission:
     return Submission(request_from_proto(proto.request, arrival_time), ingress, proto.stream_id)
 
 
+def encode_ingress(ingress: IngressAddress) -> bytes:
+    """The argument of the control call `subscribe`."""
+    return bytes(tokens_pb2.Ingress(id=ingress.id, address=ingress.address, token=ingress.token).SerializeToString())
+
+
+def decode_ingress(data: bytes) -> IngressAddress:
+    proto = tokens_pb2.Ingress.FromString(data)
+    return IngressAddress(proto.id, proto.address, proto.token)
+
+
 def encode_reply(error: OctavoError | None) -> bytes:
     """How a request ended: None = all its sequences did. Any error but the client's and of capacity is ReplicaLost."""
     reply = tokens_pb2.GenerateReply()
@@ -230,6 +242,23 @@ def _stop_reason(proto: Any) -> int | str | None:
 
 def _prompt_logprobs(proto: Any) -> tuple[TokenLogprobs | None, ...]:
     return tuple(logprobs_from_proto(entry) if entry.token_ids else None for entry in proto.positions)
+
+
+# --- KV blocks
+
+
+def changes_to_proto(changes: BlockChanges, sequence: int) -> Any:
+    """`changes.lost` is not sent: a snapshot is, instead."""
+    stored, evicted = b"".join(changes.stored), b"".join(changes.evicted)
+    return tokens_pb2.BlockChanges(sequence=sequence, cleared=changes.cleared, stored=stored, evicted=evicted)
+
+
+def changes_from_proto(proto: Any) -> BlockChanges:
+    return BlockChanges(_names(proto.stored), _names(proto.evicted), proto.cleared)
+
+
+def _names(data: bytes) -> tuple[bytes, ...]:
+    return tuple(data[at : at + NAME_BYTES] for at in range(0, len(data), NAME_BYTES))
 
 
 # --- facts about an engine

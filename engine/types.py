@@ -100,6 +100,7 @@ class EngineStats:
     prefix_hits: int = 0  # tokens found
     preemptions: int = 0
     last_step_at: float = 0.0  # clock of the newest finished step
+    prefill_tokens: int = 0  # prompt tokens not yet computed of running sequences
 
     @property
     def kv_usage(self) -> float:

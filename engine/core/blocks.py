@@ -8,8 +8,67 @@ by name until the block is needed for something else), *free* (no reference, no 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Changes that wait to be drained; at more than that a listener is better off with a new list of all names.
+LOG_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChanges:
+    """What became of names between two drains. A name is in at most one of the two.
+
+    cleared: before all else, every name was forgotten. lost: some changes are missing; only a new list of all names,
+    made after this was drained, tells what is there.
+    """
+
+    stored: tuple[bytes, ...] = ()
+    evicted: tuple[bytes, ...] = ()
+    cleared: bool = False
+    lost: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.stored or self.evicted or self.cleared or self.lost)
+
+
+class BlockLog:
+    """Which names became findable and which ceased to be. One thread records, another one drains; at most `limit` wait.
+
+    Applied in order to any list of names taken after the log was opened, the changes lead to what is findable now:
+    a change that the list holds already is no different the second time.
+    """
+
+    def __init__(self, limit: int = LOG_LIMIT) -> None:
+        self._limit = limit
+        self._changes: deque[tuple[bytes | None, bool]] = deque()  # (None, False): cleared; (None, True): lost
+
+    def record(self, name: bytes | None, stored: bool) -> None:
+        if len(self._changes) >= self._limit:
+            self._changes.clear()
+            self._changes.append((None, True))
+        self._changes.append((name, stored))
+
+    def drain(self) -> BlockChanges:
+        newest: dict[bytes, bool] = {}
+        cleared = lost = False
+        for _ in range(len(self._changes)):
+            try:
+                name, stored = self._changes.popleft()
+            except IndexError:  # it overflowed meanwhile; what it holds next begins with `lost`
+                break
+            if name is not None:
+                newest[name] = stored
+            else:
+                lost, cleared = lost or stored, cleared or not stored
+                newest.clear()
+        return BlockChanges(
+            tuple(name for name, stored in newest.items() if stored),
+            tuple(name for name, stored in newest.items() if not stored),
+            cleared,
+            lost,
+        )
 
 
 class BlockPool:
@@ -23,6 +82,7 @@ class BlockPool:
         self._by_name: dict[bytes, int] = {}
         self._free = list(range(total - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.log: BlockLog | None = None  # set while somebody listens, from any thread
 
     @property
     def available(self) -> int:
@@ -79,10 +139,16 @@ class BlockPool:
         if self._caching and self._names[block] is None and name not in self._by_name:
             self._names[block] = name
             self._by_name[name] = block
+            if (log := self.log) is not None:
+                log.record(name, stored=True)
 
     def find(self, name: bytes) -> int | None:
         """The block of that name, held or cached. Takes no reference: `share` it before the next `take`."""
         return self._by_name.get(name)
+
+    def names(self) -> list[bytes]:
+        """All names that can be found now. Any thread may ask: copying a dict's keys is one step to others."""
+        return list(self._by_name)
 
     def is_cached(self, block: int) -> bool:
         """Whether the block is named and held by nobody: sharing it takes one off `available`."""
@@ -93,6 +159,8 @@ class BlockPool:
         for block in self._by_name.values():
             self._names[block] = None
         self._by_name.clear()
+        if (log := self.log) is not None:
+            log.record(None, stored=False)
         self._free.extend(self._cached)
         self._cached.clear()
 
@@ -117,4 +185,6 @@ class BlockPool:
         assert name is not None
         del self._by_name[name]
         self._names[block] = None
+        if (log := self.log) is not None:
+            log.record(name, stored=False)
         return block

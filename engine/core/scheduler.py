@@ -173,6 +173,7 @@ class Scheduler:
             kv_blocks_total=self.pool.total,
             kv_blocks_held=self.pool.num_held,
             kv_blocks_cached=self.pool.num_cached,
+            prefill_tokens=sum([s.num_prompt - s.num_computed for s in self.running if s.num_computed < s.num_prompt]),
             **self._counters,
         )
 

@@ -22,14 +22,30 @@ FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class TokenBatch(_message.Message):
-    __slots__ = ("deltas", "stats", "accepted")
+    __slots__ = ("deltas", "stats", "accepted", "blocks", "stats_age_s")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STATS_AGE_S_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedCompositeFieldContainer[TokenDelta]
     stats: EngineStats
     accepted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., accepted: _Optional[_Iterable[int]] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockChanges]
+    stats_age_s: float
+    def __init__(self, deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., accepted: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[BlockChanges, _Mapping]]] = ..., stats_age_s: _Optional[float] = ...) -> None: ...
+
+class BlockChanges(_message.Message):
+    __slots__ = ("sequence", "cleared", "stored", "evicted")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    cleared: bool
+    stored: bytes
+    evicted: bytes
+    def __init__(self, sequence: _Optional[int] = ..., cleared: _Optional[bool] = ..., stored: _Optional[bytes] = ..., evicted: _Optional[bytes] = ...) -> None: ...
 
 class StreamEnd(_message.Message):
     __slots__ = ()
@@ -76,7 +92,7 @@ class PromptLogprobs(_message.Message):
     def __init__(self, positions: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "kv_blocks_total", "kv_blocks_held", "kv_blocks_cached", "steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "last_step_at")
+    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "kv_blocks_total", "kv_blocks_held", "kv_blocks_cached", "steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "last_step_at", "prefill_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +106,7 @@ class EngineStats(_message.Message):
     PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_AT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     waiting_tokens: int
@@ -103,7 +120,8 @@ class EngineStats(_message.Message):
     prefix_hits: int
     preemptions: int
     last_step_at: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ...) -> None: ...
+    prefill_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ..., prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
     __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant")
