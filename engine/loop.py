@@ -19,6 +19,8 @@ from octavo.engine.types import EngineStats, Request, TokenDelta
 
 log = logging.getLogger(__name__)
 
+CHECK_INTERVAL_S = 0.5  # between looks at the ranks while nothing runs
+
 
 class EngineLoop:
     """Steps `core` on a thread. `on_deltas` is called there, once per step that brought something; it must not block.
@@ -89,8 +91,9 @@ class EngineLoop:
                 elif self._stopping and not self._inbox:
                     return
                 elif not self._inbox:
-                    self._wake.wait(timeout=1.0)
+                    self._wake.wait(timeout=CHECK_INTERVAL_S)
                     self._wake.clear()
+                    self.core.check()
         except BaseException as error:
             self._die(error)
 

@@ -24,6 +24,9 @@ class Process(Protocol):
     def collect(self) -> StepResult:
         """Wait for the oldest launched step. Raises StepError (that step failed) or RankLost (the replica is gone)."""
 
+    def check(self) -> None:
+        """Raise RankLost if a rank is gone. Returns at once; to be called every second or so while nothing runs."""
+
     def close(self) -> None:
         """Stop the ranks and free what they hold."""
 
@@ -31,7 +34,8 @@ class Process(Protocol):
 class EngineCore:
     """One request in, token deltas out. Called from one thread.
 
-    `lag` is the number of steps that may be in flight when a plan is made: 1 plans step N+1 while N runs, 0 waits.
+    `lag` is the number of steps that may be in flight when a plan is made: 1 plans step N+1 while N runs, 0 waits; a
+    pipeline has one less than it has stages.
     """
 
     def __init__(self, scheduler: Scheduler, process: Process, clock: Callable[[], float], lag: int = 1) -> None:
@@ -69,6 +73,10 @@ class EngineCore:
             deltas = self.scheduler.fail(str(error))
         self._last_step_at = self.clock()
         return deltas
+
+    def check(self) -> None:
+        """Raise RankLost if a rank is gone (see Process.check)."""
+        self.process.check()
 
     def stats(self) -> EngineStats:
         return replace(self.scheduler.stats(), last_step_at=self._last_step_at)

@@ -3,7 +3,8 @@
 Plans are diffs. A rank keeps, per slot, the sequence's tokens, block table and sampling state; a plan says what changed
 since the last one and which rows to compute. Plans are executed in the order of their `step_id`. A plan may be launched
 before the result of the one before it is known, so a row never carries the token it computes: it names the position,
-and the rank finds the token in its own buffer, where the step before has put it.
+and the rank finds the token in its own buffer, where the step before has put it. In a pipeline the stage that draws a
+token is not the one that needs it first; there a row waits until its token is known, and the plan carries it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Row:
 class StepPlan:
     """One step, as every rank of the replica executes it, in the order of the fields.
 
-    `released`: slots whose sequence left. `new`: sequences entering slots. `table_edits`: (slot, index, block) sets one
+    `released`: slots whose sequence left. `new`: sequences entering slots. `known`: (slot, position, token), tokens that rows of
+    this plan start from and another stage of the pipeline has drawn; none with one stage. `table_edits`: (slot, index, block) sets one
     block table entry. `copies`: (source, destination) blocks, copied in all layers before the forward (copy-on-write).
     `rows`: in the order of the policy, at most one per slot; results come back in the same order.
     """
@@ -67,6 +69,7 @@ class StepPlan:
     table_edits: tuple[tuple[int, int, int], ...]
     copies: tuple[tuple[int, int], ...]
     rows: tuple[Row, ...]
+    known: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -30,7 +30,10 @@ from octavo.engine.types import EngineStats, FinishReason, Request, TokenDelta
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the scheduler must know of the model and the configuration (see EngineConfig for the meaning)."""
+    """What the scheduler must know of the model and the configuration (see EngineConfig for the meaning).
+
+    stages: of the pipeline; as many steps should be in flight at a time.
+    """
 
     block_size: int
     max_model_len: int
@@ -42,6 +45,7 @@ class Limits:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
+    stages: int = 1
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class _Draft:
     table_edits: list[tuple[int, int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    known: list[tuple[int, int, int]] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)  # of the rows
 
 
@@ -195,6 +200,7 @@ class Scheduler:
             table_edits=tuple(draft.table_edits),
             copies=tuple(draft.copies),
             rows=tuple(draft.rows),
+            known=tuple(draft.known),
         )
         self._released.clear()
         self._launched.append(draft)
@@ -203,12 +209,13 @@ class Scheduler:
     def _continue_running(self, draft: _Draft, tokens: Budget) -> bool:
         """Let running sequences catch up, in order. Returns whether any had to be preempted."""
         preempted = False
-        later = sum(sequence.wants_step for sequence in self.running)  # each of these is left one token
+        wants_step = self._whose_turn()
+        later = sum(wants_step(sequence) for sequence in self.running)  # each of these is left one token
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
             position += 1
-            if not sequence.wants_step:
+            if not wants_step(sequence):
                 continue
             later -= 1
             count = self._chunk(sequence.num_total - sequence.num_computed, tokens.left - later)
@@ -216,7 +223,7 @@ class Scheduler:
                 # The last in the policy's order gives way. It has no row in this draft: rows are made in the same
                 # order.
                 victim = self.running.pop()
-                later -= victim is not sequence and victim.wants_step
+                later -= victim is not sequence and wants_step(victim)
                 self._preempt(victim)
                 preempted = True
                 if victim is sequence:
@@ -224,6 +231,22 @@ class Scheduler:
             if count:
                 self._add_row(sequence, count, draft, tokens)
         return preempted
+
+    def _whose_turn(self) -> Callable[[Sequence], bool]:
+        """Which running sequences may have a row in the next step.
+
+        In a pipeline a sequence waits for its pending token, and of those that draw a token with every row each step
+        takes an equal part, the longest waiting first, so that the other stages have work meanwhile.
+        """
+        stages = self.limits.stages
+        if stages == 1:
+            return lambda sequence: sequence.wants_step
+        decoding = [s for s in self.running if s.num_total - s.num_computed <= 1]
+        ready = [s for s in decoding if s.wants_step and not s.num_pending]
+        ready.sort(key=lambda s: s.planned_at)  # stable: then in the policy's order
+        turn = {s.slot for s in ready[: -(-len(decoding) // stages)]}
+        behind = {s.slot for s in self.running if s.wants_step and s.num_total - s.num_computed > 1}
+        return lambda sequence: sequence.slot in turn or sequence.slot in behind
 
     def _admit_waiting(self, draft: _Draft, tokens: Budget) -> None:
         """Admit waiting sequences in order until one does not fit: nobody overtakes it, so it cannot starve."""
@@ -268,6 +291,7 @@ class Scheduler:
                 self._counters["prompt_tokens"] += sequence.num_prompt
         extended = self._extend(sequence, count, draft)
         assert extended, f"{wanted} blocks were promised of {self.pool.available}"
+        sequence.num_told = known
         draft.new.append(
             NewSequence(
                 slot=sequence.slot,
@@ -314,6 +338,11 @@ class Scheduler:
             )
         )
         draft.sequences.append(sequence)
+        if self.limits.stages > 1:
+            told = range(sequence.num_told, len(sequence.tokens))
+            draft.known.extend((sequence.slot, position, sequence.tokens[position]) for position in told)
+            sequence.num_told = len(sequence.tokens)
+        sequence.planned_at = draft.step_id
         sequence.num_computed += count
         sequence.num_pending += samples
         self._name_blocks(sequence)

@@ -30,6 +30,8 @@ class Sequence:
     slot:       place in the ranks' buffers while running, else -1
     leader:     the first sample of the request, whose prompt blocks this one may share; None for that sample itself
     held_back:  of a leader: the samples that wait until its prompt is computed
+    num_told:   tokens of its slot that every stage of the pipeline has; not kept with one stage
+    planned_at: number of the newest step with a row of it
     num_given:  tokens known on arrival: the prompt, and what a resumed sequence had generated elsewhere
     num_cached: prompt tokens whose KV was there at the first admission
     """
@@ -51,6 +53,8 @@ class Sequence:
         "num_given",
         "num_pending",
         "num_prompt",
+        "num_told",
+        "planned_at",
         "prompt_logprobs",
         "request",
         "seed",
@@ -84,6 +88,8 @@ class Sequence:
         self.num_given = len(self.tokens)
         self.num_computed = 0
         self.num_pending = 0
+        self.num_told = 0
+        self.planned_at = 0
         self.kv_from = 0
         self.blocks: list[int] = []
         self.names: list[bytes] = []

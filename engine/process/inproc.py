@@ -48,5 +48,8 @@ class InProcess:
         except Exception as error:
             raise StepError(f"{type(error).__name__}: {error}") from error
 
+    def check(self) -> None:
+        """What could be lost is this process."""
+
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -77,6 +77,7 @@ class FakeRunner:
     next_token: state → token, by default readable letters. Sampled requests mix their seed into the state.
     sleep: what to do for the step's seconds (time.sleep, VirtualClock.sleep, or nothing).
     verify: check the shadow KV of every position of every row, O(context).
+    stages: of the pipeline it stands for: with more than one, a token it draws is there only once a plan brings it.
     """
 
     def __init__(
@@ -87,12 +88,14 @@ class FakeRunner:
         cost: CostModel | None = None,
         sleep: Callable[[float], None] = time.sleep,
         verify: bool = False,
+        stages: int = 1,
     ) -> None:
         self._block_size = block_size
         self._next_token = next_token
         self._cost = cost or CostModel()
         self._sleep = sleep
         self._verify = verify
+        self._stages = stages
         self._slots: dict[int, _Slot] = {}
         self._kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._done: deque[StepResult] = deque()
@@ -105,6 +108,9 @@ class FakeRunner:
         if result.seconds:
             self._sleep(result.seconds)
         return result
+
+    def check(self) -> None:
+        """Nothing can be lost."""
 
     def close(self) -> None:
         self._slots.clear()
@@ -123,6 +129,10 @@ class FakeRunner:
                 num_prompt=new.num_prompt,
                 stop_token_ids=new.stop_token_ids,
             )
+        for slot, position, token in plan.known:
+            tokens = self._slots[slot].tokens
+            assert position == len(tokens), f"slot {slot}: a token for {position}, but {len(tokens)} are here"
+            tokens.append(token)
         for slot, index, block in plan.table_edits:
             table = self._slots[slot].table
             table[index : index + 1] = [block]
@@ -164,7 +174,8 @@ class FakeRunner:
             key = mix(key, token)
             token = self._next_token(key)
         del slot.tokens[end:]
-        slot.tokens.append(token)
+        if self._stages == 1:
+            slot.tokens.append(token)
         wanted = slot.params.logprobs
         logprobs = () if wanted is None else (_logprobs(token, wanted),)
         return RowResult((token,), logprobs, prompt)

@@ -39,7 +39,7 @@ def engine(
         "eos_token_ids": (EOS,),
     } | limits
     made = Limits(**settings)
-    runner = FakeRunner(num_blocks, made.block_size, next_token, sleep=lambda s: None, verify=True)
+    runner = FakeRunner(num_blocks, made.block_size, next_token, sleep=lambda s: None, verify=True, stages=made.stages)
     return EngineCore(Scheduler(made, BlockPool(num_blocks, caching)), runner, VirtualClock(), lag)
 
 

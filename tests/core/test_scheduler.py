@@ -45,7 +45,8 @@ events = st.one_of(
         {
             "num_blocks": st.sampled_from([16, 17, 20, 40, 64]),
             "caching": st.booleans(),
-            "lag": st.integers(0, 2),
+            "lag": st.integers(0, 3),
+            "stages": st.sampled_from([1, 1, 2, 3, 4]),
             "max_num_seqs": st.integers(1, 8),
             "max_num_batched_tokens": st.sampled_from([8, 9, 32, 200]),
             "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
