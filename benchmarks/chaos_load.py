@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 
 DEADLINE_S = 120.0
+# A front that has lost all its ingresses says 404 or 500, too.
+REFUSALS = (404, 429, 500, 502, 503, 504)
 SILENCE_S = 60.0  # a stream that says nothing for so long hangs
 
 
@@ -114,14 +116,7 @@ class Clients:
         n = question.params.get("n", 1)
         try:
             async with http.stream("POST", f"{self._url}/v1/completions", json=body | dict(question.params)) as reply:
-                if reply.status_code in (
-                    404,
-                    429,
-                    500,
-                    502,
-                    503,
-                    504,
-                ):  # a front that has lost its ingress says 404, too
+                if reply.status_code in REFUSALS:
                     asked.said = f"{reply.status_code} {(await reply.aread()).decode(errors='replace')[:200]}"
                     asked.refused += 1
                     await asyncio.sleep(min(2.0, float(reply.headers.get("retry-after", 0.3))))
@@ -162,9 +157,8 @@ class Clients:
 
 def _difference(got: Sequence[Any], want: Sequence[Any]) -> str:
     for index, ((tokens, end), (right, right_end)) in enumerate(zip(got, want, strict=True)):
-        at = next(
-            (i for i, (a, b) in enumerate(zip(tokens, right, strict=False)) if a != b), min(len(tokens), len(right))
-        )
+        common = zip(tokens, right, strict=False)
+        at = next((i for i, (a, b) in enumerate(common) if a != b), min(len(tokens), len(right)))
         if tokens != right or end != right_end:
             return f"sequence {index} differs from token {at} of {len(right)} on (got {len(tokens)}, {end})"
     return "equal"

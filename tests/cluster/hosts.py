@@ -69,8 +69,7 @@ class Hosts:
         workers = [
             self.popen(
                 i,
-                [RAY, "start", f"--address={self.addresses[0]}:6379", f"--node-ip-address={self.addresses[i]}"]
-                + [f'--resources={{"host{i}": 1000}}', *common],
+                [*self._joining(i), f'--resources={{"host{i}": 1000}}', *common],
                 env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -81,6 +80,9 @@ class Hosts:
         for worker in workers:
             said, _ = worker.communicate(timeout=90)
             assert worker.returncode == 0, said
+
+    def _joining(self, host) -> list[str]:
+        return [RAY, "start", f"--address={self.addresses[0]}:6379", f"--node-ip-address={self.addresses[host]}"]
 
     def run(self, host, command, env=None, timeout=90):
         done = subprocess.run(
