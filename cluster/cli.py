@@ -11,6 +11,7 @@ import typer
 
 from octavo.cluster.chat import chat
 from octavo.cluster.config import DeploymentConfig, read_yaml
+from octavo.cluster.doctor.command import doctor
 from octavo.cluster.flags import merge, with_flags
 from octavo.cluster.offline import generate
 from octavo.engine import env
@@ -77,6 +78,7 @@ def version() -> None:
 
 app.command()(chat)
 app.command()(generate)
+app.command()(doctor)
 
 
 def main() -> None:
