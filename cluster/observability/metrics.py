@@ -6,6 +6,8 @@ What the engines know (queues, KV, token counts) is read from their `EngineStats
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,8 @@ TTFT_S = (
 TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 # fmt: on
+# Which process has counted: a scraper behind a load balancer reaches now this ingress, now that one.
+INGRESS = f"{socket.gethostname()}:{os.getpid()}"
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -97,7 +101,11 @@ class IngressMetrics:
 
     def collect(self, engines: Sequence[EngineStats]) -> Iterator[Metric]:
         """All metrics; `engines` is a snapshot of each replica."""
-        yield from self.registry.collect()
+        for metric in self.registry.collect():
+            metric.samples = [
+                sample._replace(labels={**sample.labels, "ingress": INGRESS}) for sample in metric.samples
+            ]
+            yield metric
         yield from _EngineCollector(self._model_name, engines).collect()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
