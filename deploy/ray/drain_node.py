@@ -3,7 +3,7 @@
 
 Serve starts a replacement for each replica first and only then stops the old one, which may go on with its requests
 for its drain timeout; where there is no room for a replacement, the old one stops in time before the deadline. The exit
-code is 0 when nothing of Serve is left here, 1 when the deadline came first. Knows Ray and Serve's actor names, not octavo.
+code is 0 when nothing of Serve is left here, 1 when the deadline came first. Knows Ray and the names of Serve's actors.
 """
 
 from __future__ import annotations

@@ -13,7 +13,11 @@ set -a
 if [ -f ~/.octavo.env ]; then . ~/.octavo.env; fi
 # One machine, and nobody else's: waiting for other nodes' proxies would only make a stop slow.
 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=1
+ulimit -n "$(ulimit -Hn)"
+files="$(ulimit -n)"
+if [ "$files" != unlimited ] && [ $((files * 2 / 5 - 100)) -lt "$RAY_SERVE_HAPROXY_MAXCONN" ]; then
+  RAY_SERVE_HAPROXY_MAXCONN=$((files * 2 / 5 - 100))
+fi
 set +a
 ray get-auth-token --generate > /dev/null
-ulimit -n "$(ulimit -Hn)"
-exec ray start --head --block --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --object-store-memory=268435456 "$@"
+exec ray start --head --block --dashboard-host=127.0.0.1 --object-store-memory=268435456 "$@"
