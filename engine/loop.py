@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore
 from octavo.engine.errors import CapacityError, OctavoError, RankLost
 from octavo.engine.types import EngineStats, Request, TokenDelta
@@ -59,6 +60,11 @@ class EngineLoop:
         """End a request before the next step is planned. Unknown ids are ignored."""
         self._inbox.append(("abort", request_id))
         self._wake.set()
+
+    @property
+    def pool(self) -> BlockPool:
+        """The engine's blocks. They belong to the loop's thread: see BlockPool for what others may do."""
+        return self.core.scheduler.pool
 
     def stats(self) -> EngineStats:
         return self.core.stats()

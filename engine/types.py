@@ -42,6 +42,7 @@ class Request:
     arrival_time: float = 0.0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     resume: tuple[Resumed, ...] = ()
+    session_id: str | None = None  # the client's; for the router alone, replicas are not told
 
     @property
     def sequences(self) -> tuple[Resumed, ...]:
