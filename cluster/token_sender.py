@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
+from octavo.cluster import wire
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.token_receiver import KEEPALIVE, UNLIMITED_MESSAGES
 from octavo.cluster.wire import IngressAddress
+from octavo.engine.core.blocks import BlockChanges
+from octavo.engine.types import EngineStats
 from octavo.protos.octavo.v1 import tokens_pb2, tokens_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -39,11 +44,16 @@ class TokenChannel:
         stub = tokens_pb2_grpc.TokenChannelStub(self._channel)  # type: ignore[no-untyped-call]
         self._call: Any = stub.Stream(metadata=(("octavo-replica", replica_id), ("octavo-token", ingress.token)))
         self._waiting: list[Any] = []
-        self._stats: Any = None
+        self._accepted: list[int] = []
+        self._notes: list[Any] = []
+        self._num_notes = 0  # so far, which numbers them
+        self.stats: EngineStats | None = None  # the newest that this end was given, and when
+        self.stats_at = -math.inf
+        self._due = False
         self._sent: list[asyncio.Future[None]] = []
         self._ready = asyncio.Event()
         self._closing = False
-        self._ended = False
+        self.ended = False
         self._life: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
@@ -58,14 +68,34 @@ class TokenChannel:
         self._call.add_done_callback(lambda _call: self._ready.set())
         self._life = asyncio.create_task(self._live(), name=f"token-channel-{self.ingress.id}")
 
-    def send(self, deltas: Sequence[Any], stats: Any) -> asyncio.Future[None]:
+    def accept(self, stream_id: int) -> None:
+        """Tell the ingress that this replica has the request. Flushes at once."""
+        self._accepted.append(stream_id)
+        self._ready.set()
+
+    def note(self, changes: BlockChanges) -> None:
+        """Queue what became of the replica's blocks. It goes with the next batch."""
+        if not self.ended:
+            self._notes.append(wire.changes_to_proto(changes, self._num_notes))
+            self._num_notes += 1
+
+    @property
+    def has_notes(self) -> bool:
+        return bool(self._notes)
+
+    def flush(self, stats: EngineStats) -> asyncio.Future[None]:
+        """Send what is queued, and `stats`, now; as `send` without deltas."""
+        return self.send((), stats)
+
+    def send(self, deltas: Sequence[Any], stats: EngineStats) -> asyncio.Future[None]:
         """Queue one step's deltas; the future ends when they are written, or the channel is gone. Flushes at once."""
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._ended:
+        if self.ended:
             sent.set_result(None)
             return sent
         self._waiting.extend(deltas)
-        self._stats = stats
+        self.stats, self.stats_at = stats, time.monotonic()
+        self._due = True
         self._sent.append(sent)
         self._ready.set()
         return sent
@@ -80,9 +110,10 @@ class TokenChannel:
     async def _live(self) -> None:
         try:
             while not self._call.done():
-                if self._waiting:
+                if self._due or self._accepted:
                     await self._write()
                 elif self._closing:
+                    await self._call.write(tokens_pb2.TokenBatch(last=True))
                     await self._call.done_writing()
                     await self._call
                 else:
@@ -91,15 +122,20 @@ class TokenChannel:
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
             logger.warning("the channel to ingress %s broke: %r", self.ingress.id, error)
         finally:
-            self._ended = True
+            self.ended = True
             self._waiting.clear()
+            self._notes.clear()
             _settle(self._sent)
             self._on_end(self)
             await self._channel.close()
 
     async def _write(self) -> None:
-        batch = tokens_pb2.TokenBatch(deltas=self._waiting, stats=self._stats)
-        sent, self._waiting, self._sent = self._sent, [], []
+        batch = tokens_pb2.TokenBatch(deltas=self._waiting, accepted=self._accepted, blocks=self._notes)
+        if self.stats is not None:
+            batch.stats.CopyFrom(wire.stats_to_proto(self.stats))
+            batch.stats_age_s = time.monotonic() - self.stats_at
+        sent, self._waiting, self._accepted, self._notes, self._sent = self._sent, [], [], [], []
+        self._due = False
         try:
             async with asyncio.timeout(STALL_S):
                 await self._call.write(batch)

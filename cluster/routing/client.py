@@ -1,13 +1,17 @@
 """ServeEngineClient: EngineClient over a Serve deployment of engine replicas and the side channel.
 
 Control goes through the deployment's handle (Serve picks the replica, counts the request, cancels it); tokens come in
-through this ingress's TokenReceiver. Knows nothing of HTTP or text.
+through this ingress's TokenReceiver. Knows nothing of HTTP or text. A request here ends with its replica; that it goes
+on elsewhere is the business of failover.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -16,6 +20,9 @@ from ray.serve.handle import DeploymentHandle
 
 from octavo.cluster import wire
 from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.routing.fleet import Fleet
+from octavo.cluster.routing.policies import Prefix
+from octavo.cluster.routing.pool import Pool
 from octavo.cluster.token_receiver import Inbox, TokenReceiver
 from octavo.engine.errors import CapacityError, OctavoError
 from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta
@@ -23,51 +30,102 @@ from octavo.protos.octavo.v1 import tokens_pb2
 
 # The control call has said that all deltas are sent; how much later than that they may arrive.
 LAST_DELTAS_S = 10.0
+# A replica accepts as soon as it hears of a request. For so long after a channel broke, one that does not accept within
+# ACCEPT_S may be that of the broken channel: Ray can take much longer than we to believe that it is gone.
+SUSPICION_S = 60.0
+ACCEPT_S = 3.0
+MAX_INDEX_BLOCKS = 1 << 20
+STATS_S = 2.0  # how long one replica's snapshot is waited for
 
 
 class ServeEngineClient:
-    """Lives on the event loop on which `receiver` was started."""
+    """Lives on the event loop on which `receiver` was started. `fleet` decides where requests go, once `start` was
+    called: by default whoever has the longest part of the prompt cached.
+    """
 
-    def __init__(self, handle: DeploymentHandle[Any], receiver: TokenReceiver) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], receiver: TokenReceiver, fleet: Fleet | None = None) -> None:
         self._handle = handle
+        self._pool = Pool(handle, fleet or Fleet(Prefix(), MAX_INDEX_BLOCKS))
         self._receiver = receiver
         self._info: EngineInfo | None = None
         self._watching: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references
+
+    def start(self) -> None:
+        """Hear of the replicas' load and blocks from now on."""
+        self._pool.start(self._receiver)
+
+    async def close(self) -> None:
+        await self._pool.close()
 
     async def info(self) -> EngineInfo:
         """Waits for the first replica to be up. Raises ReplicaLost if it goes away meanwhile."""
         if self._info is None:
             try:
-                data = await self._handle.info.remote()
+                data = await self._pool.call("info")
             except (RayError, RayServeException) as error:
                 raise _translated(error) from error
             self._info = wire.info_from_proto(tokens_pb2.EngineInfo.FromString(data))
         return self._info
 
     async def stats(self) -> list[EngineStats]:
-        """Asks every replica. Raises ReplicaLost if one went away meanwhile."""
+        """Asks every replica; those that do not answer are left out."""
         try:
-            found = await self._handle.broadcast("stats").results_async()
+            # results_async would wait for all, and a replica that hangs is one of them.
+            asked = await self._handle.broadcast("stats")._fetch_replica_results_async()
         except (RayError, RayServeException) as error:
             raise _translated(error) from error
-        return [wire.stats_from_proto(tokens_pb2.EngineStats.FromString(data)) for data in found]
+        answers = (asyncio.wait_for(result.get_async(), STATS_S) for result in asked)
+        found = await asyncio.gather(*answers, return_exceptions=True)
+        return [wire.stats_from_proto(tokens_pb2.EngineStats.FromString(x)) for x in found if isinstance(x, bytes)]
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         """See EngineClient. A ReplicaLost says that the request can be submitted again, prompt and tokens so far."""
+        async with aclosing(self.attempt(request, lambda replica: None)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def attempt(
+        self,
+        request: Request,
+        accepted: Callable[[str], None],
+        within_s: float | None = None,
+        avoid: Collection[str] = (),
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """`generate` that says which replica has the request: `accepted` gets its id before the first delta.
+
+        `avoid`: replicas the request has just been lost with. Raises ReplicaLost too if none has accepted it `within_s`
+        seconds from now.
+        """
+        placing = self._pool.placing(request, (await self.info()).block_size, avoid)
         inbox = self._receiver.open(request.request_id)
         submission = wire.Submission(request, self._receiver.address, inbox.stream_id)
-        call = self._handle.generate.remote(wire.encode_submission(submission))
+        call = self._pool.call("generate", wire.encode_submission(submission), placing=placing)
         self._watch(call, inbox)
-        unfinished = request.params.n
+        unfinished = len(request.sequences)
         try:
+            accepted(await self._acceptance(inbox, within_s))
             while unfinished:
                 delta = await inbox.mailbox.take()
+                if placing.replica is not None:
+                    self._pool.fleet.started(placing, delta.num_cached_tokens)
                 unfinished -= delta.finish_reason is not None
                 yield delta
         finally:
+            self._pool.fleet.ended(placing)
             self._receiver.close(inbox)
             if unfinished:
                 call.cancel()  # type: ignore[no-untyped-call]
+
+    async def _acceptance(self, inbox: Inbox, within_s: float | None) -> str:
+        started = time.monotonic()
+        waited, left_s = 0.0, math.inf if within_s is None else within_s
+        while not await inbox.settled(min(ACCEPT_S, left_s - waited)):
+            waited = time.monotonic() - started
+            if waited >= left_s or self._receiver.broken_within(SUSPICION_S):
+                raise ReplicaLost(f"No replica has taken the request for {waited:.1f} s.")
+        if inbox.replica is None:
+            await inbox.mailbox.take()  # raises what it failed with
+        return inbox.replica or ""
 
     def _watch(self, call: Any, inbox: Inbox) -> None:
         watcher = asyncio.create_task(self._await_end(call, inbox))
@@ -84,11 +142,11 @@ class ServeEngineClient:
         except (RayError, RayServeException) as failure:
             error = _translated(failure)
         if error is not None:
-            inbox.mailbox.fail(error)
+            inbox.fail(error)
             return
         if inbox.is_open:  # the last deltas are on their way
             await asyncio.sleep(LAST_DELTAS_S)
-            inbox.mailbox.fail(ReplicaLost("The replica says that it sent all tokens, but they did not arrive."))
+            inbox.fail(ReplicaLost("The replica says that it sent all tokens, but they did not arrive."))
 
 
 def _translated(error: Exception) -> OctavoError:

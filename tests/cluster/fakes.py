@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from octavo.cluster.replica import EngineReplica
+from octavo.cluster.replica import EngineReplica, Host
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.build import assemble
@@ -24,8 +24,10 @@ def fake_loop(on_deltas: Callable, *, step_s: float = 0.001, **options) -> Engin
     return EngineLoop(assemble(config, INFO, runner).core, on_deltas)
 
 
-def fake_replica(name: str = "replica-1", step_timeout_s: float = 60.0, **options) -> EngineReplica:
-    return EngineReplica(name, INFO, lambda on_deltas: fake_loop(on_deltas, **options), step_timeout_s)
+def fake_replica(
+    name: str = "replica-1", step_timeout_s: float = 60.0, host: Host | None = None, **options
+) -> EngineReplica:
+    return EngineReplica(name, INFO, lambda on_deltas: fake_loop(on_deltas, **options), step_timeout_s, host)
 
 
 def request(request_id: str = "r", prompt: int = 8, max_tokens: int = 10, **params) -> Request:
@@ -40,6 +42,11 @@ class FakeHandle:
         self.replica = replica
         self.calls: list[asyncio.Task] = []
 
+    def forget_calls(self) -> None:
+        """What the calls so far bring never comes."""
+        for call in self.calls:
+            call.muted = True
+
     def __getattr__(self, method: str) -> "_Method":
         return _Method(self, method)
 
@@ -47,26 +54,52 @@ class FakeHandle:
         return _Results([getattr(self.replica, method)()])
 
 
+class _Result:
+    def __init__(self, value) -> None:
+        self.value = value
+
+    async def get_async(self):
+        return self.value
+
+
 class _Method:
     def __init__(self, handle: FakeHandle, name: str) -> None:
         self.handle, self.name = handle, name
 
-    def remote(self, *args) -> asyncio.Task:
-        async def call():
+    def remote(self, *args) -> "_Call":
+        async def run():
             result = getattr(self.handle.replica, self.name)(*args)
             return await result if asyncio.iscoroutine(result) else result
 
-        task = asyncio.ensure_future(call())
-        self.handle.calls.append(task)
-        return task
+        call = _Call(asyncio.ensure_future(run()))
+        self.handle.calls.append(call)
+        return call
+
+
+class _Call:
+    def __init__(self, task: asyncio.Task) -> None:
+        self.task = task
+        self.muted = False
+
+    def __await__(self):
+        return self._result().__await__()
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+    async def _result(self):
+        result = await self.task
+        if self.muted:
+            await asyncio.Event().wait()
+        return result
 
 
 class _Results:
     def __init__(self, values: list) -> None:
         self.values = values
 
-    async def results_async(self) -> list:
-        return self.values
+    async def _fetch_replica_results_async(self) -> list:
+        return [_Result(value) for value in self.values]
 
 
 async def local_client(replica: EngineReplica) -> tuple[ServeEngineClient, TokenReceiver]:

@@ -8,8 +8,10 @@ import pytest
 from fakes import INFO, fake_loop, fake_replica, local_client, request, until
 
 from octavo.cluster import token_sender, wire
-from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.cluster.progress import Progress
+from octavo.cluster.replica import Host
+from octavo.cluster.routing import client as routing_client
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.errors import CapacityError, RankLost, RequestError
 from octavo.protos.octavo.v1 import tokens_pb2, tokens_pb2_grpc
@@ -197,10 +199,128 @@ async def test_the_engine_s_death_is_a_lost_replica_and_bad_health(side):
     replica._loop.core.process.launch = lambda plan: 1 / 0
     with pytest.raises(ReplicaLost, match="engine has failed"):
         await task
-    with pytest.raises(RankLost):
-        replica.check_health()
+    await until(lambda: is_unhealthy(replica))
     with pytest.raises(ReplicaLost):
         await collect(client, request())
+
+
+def is_unhealthy(replica):
+    try:
+        replica.check_health()
+    except RankLost:
+        return True
+    return False
+
+
+async def test_a_replica_that_fails_while_idle_says_so():
+    told = []
+    replica = fake_replica(host=Host(failed=told.append))
+    replica._loop.failure = RankLost("Rank 1 on 10.0.0.2 (pid 7) was killed.")
+    await until(lambda: bool(told))
+    assert "Rank 1 on 10.0.0.2" in str(told[0])
+    assert is_unhealthy(replica)
+    await replica.close()
+
+
+async def test_a_busy_event_loop_does_not_hide_a_failure():
+    told = []
+    replica = fake_replica(host=Host(failed=lambda error: told.append(time.monotonic())))
+    started = time.monotonic()
+    replica._loop.failure = RankLost("gone")
+    time.sleep(0.5)  # noqa: ASYNC251 - the event loop stands still
+    assert told
+    assert told[0] - started < 0.4
+    await replica.close()
+
+
+async def test_the_first_token_proves_a_replica():
+    replica = fake_replica()
+    await replica.first_token()
+    assert replica._loop.stats().generation_tokens == 1
+    await replica.close()
+    broken = fake_replica(step_timeout_s=0.1, step_s=5.0)
+    with pytest.raises(RankLost, match="first token"):
+        await broken.first_token()
+
+
+async def test_a_draining_replica_hands_over_before_it_is_killed(side):
+    draining = []
+    replica = fake_replica(step_s=0.002, host=Host(is_draining=lambda: bool(draining), drain_timeout_s=0.5))
+    client, receiver = await local_client(replica)
+    task = asyncio.create_task(collect(client, request(max_tokens=2000)))
+    await until(lambda: replica._loop.num_live == 1)
+    started = time.monotonic()
+    draining.append(True)
+    with pytest.raises(HandedOver):
+        await task
+    assert 0.2 < time.monotonic() - started < 0.5
+    with pytest.raises(HandedOver):
+        await collect(client, request())
+    await until(lambda: replica._loop.stats().kv_blocks_held == 0)
+    await replica.close()
+    await receiver.stop()
+
+
+async def test_an_accepted_request_is_lost_with_its_channel_before_its_first_token():
+    replica = fake_replica(step_s=0.05, max_num_seqs=1)
+    client, receiver = await local_client(replica)
+    running = asyncio.create_task(collect(client, request("running", max_tokens=1500)))
+    await until(lambda: replica._loop.stats().num_running == 1)
+    queued = asyncio.create_task(collect(client, request("queued")))
+    await until(lambda: replica._loop.stats().num_waiting == 1)
+    broken = []
+    receiver._on_broken = lambda name, host: broken.append((name, host))
+    client._handle.forget_calls()  # a dead process answers no control call either
+    (channel,) = [task.result() for task in replica._sender._channels.values()]
+    await channel._channel.close()
+    for task in running, queued:
+        with pytest.raises(ReplicaLost):
+            await task
+    assert broken == [("replica-1", "127.0.0.1")]
+    assert receiver.broken_within(1.0)
+    await collect(client, request())
+    await replica.close()
+    await until(lambda: not receiver.stats)
+    assert len(broken) == 1  # a channel that is closed has not broken
+    await receiver.stop()
+
+
+async def test_what_an_old_attempt_still_sends_reaches_nobody(side):
+    _, _, receiver = side
+    old = receiver.open("r")
+    receiver.close(old)
+    new = receiver.open("r")
+    late = tokens_pb2.TokenBatch(deltas=[tokens_pb2.TokenDelta(stream_id=old.stream_id, token_ids=[1])])
+    receiver.deliver("replica-1", late, {old.stream_id})
+    receiver.lose("replica-1", {old.stream_id})
+    assert new.replica is None
+    assert not new.mailbox._pending
+    assert new.mailbox._error is None
+    receiver.close(new)
+
+
+async def test_a_request_that_no_replica_accepts(side, monkeypatch):
+    _, client, receiver = side
+    never = asyncio.get_running_loop().create_future
+    monkeypatch.setattr(type(client._handle), "generate", _Never(never), raising=False)
+    with pytest.raises(ReplicaLost, match="No replica has taken"):
+        async for _ in client.attempt(request(), print, within_s=0.1):
+            pass
+    monkeypatch.setattr(routing_client, "ACCEPT_S", 0.05)
+    waiting = asyncio.create_task(collect(client, request()))  # nobody is under suspicion: it may be a cold start
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    receiver._broken_at = time.monotonic()
+    with pytest.raises(ReplicaLost, match="No replica has taken"):
+        await waiting
+
+
+class _Never:
+    def __init__(self, make):
+        self.make = make
+
+    def remote(self, *arguments):
+        return self.make()
 
 
 def test_health_is_forward_progress():
@@ -221,9 +341,8 @@ async def test_a_wedged_engine_is_unhealthy():
     task = asyncio.create_task(collect(client, request()))
     await until(lambda: replica._loop.num_live == 1)
     replica.check_health()
-    await asyncio.sleep(0.1)
-    with pytest.raises(RankLost):
-        replica.check_health()
-    task.cancel()
+    with pytest.raises(ReplicaLost, match="No step has finished"):
+        await asyncio.wait_for(task, 1.0)
+    assert is_unhealthy(replica)
     await replica.close()
     await receiver.stop()

@@ -22,18 +22,20 @@ FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class TokenBatch(_message.Message):
-    __slots__ = ("deltas", "stats", "accepted", "blocks", "stats_age_s")
+    __slots__ = ("deltas", "stats", "accepted", "blocks", "stats_age_s", "last")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STATS_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedCompositeFieldContainer[TokenDelta]
     stats: EngineStats
     accepted: _containers.RepeatedScalarFieldContainer[int]
     blocks: _containers.RepeatedCompositeFieldContainer[BlockChanges]
     stats_age_s: float
-    def __init__(self, deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., accepted: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[BlockChanges, _Mapping]]] = ..., stats_age_s: _Optional[float] = ...) -> None: ...
+    last: bool
+    def __init__(self, deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., accepted: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[BlockChanges, _Mapping]]] = ..., stats_age_s: _Optional[float] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class BlockChanges(_message.Message):
     __slots__ = ("sequence", "cleared", "stored", "evicted")
