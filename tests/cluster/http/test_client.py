@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from octavo.cluster.ingress.client import LocalEngineClient, Mailbox, merge
+from octavo.cluster.observability.metrics import INGRESS
 from octavo.engine.build import build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import CapacityError, RequestError
@@ -152,7 +153,10 @@ async def test_a_client_that_leaves_aborts_its_request(harness, stream, hang_aft
             assert (await http.post(PATH, json=HI)).status_code == 200
             metrics = (await http.get("/metrics")).text
     if hang_after:
-        assert 'octavo:request_success_total{finished_reason="abort",model_name="scripted"} 1.0' in metrics
+        assert (
+            f'octavo:request_success_total{{finished_reason="abort",ingress="{INGRESS}",model_name="scripted"}} 1.0'
+            in metrics
+        )
 
 
 async def test_leaving_frees_every_prompt_of_a_request(harness):

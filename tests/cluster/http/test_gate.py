@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.observability.metrics import INGRESS
 from octavo.engine.errors import CapacityError, ConfigError, RankLost, RequestError, StepError
 from octavo.engine.types import TokenDelta
 
@@ -152,7 +153,10 @@ async def test_a_failure_half_way(harness, cause, status):
     assert done == "[DONE]"
     assert "secret" not in whole.text + stream.text
     assert client.live == 0
-    assert 'octavo:request_success_total{finished_reason="error",model_name="scripted"} 2.0' in metrics
+    assert (
+        f'octavo:request_success_total{{finished_reason="error",ingress="{INGRESS}",model_name="scripted"}} 2.0'
+        in metrics
+    )
 
 
 @pytest.mark.parametrize("hang_after", [0, 3])
