@@ -5,6 +5,8 @@ import logging
 
 import pytest
 
+from octavo.cluster.observability.metrics import INGRESS
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -230,4 +232,4 @@ async def test_unknown_fields_are_accepted_with_one_warning(harness, caplog):
     assert [r.message for r in caplog.records if "frobnicate" in r.message] == [
         "requests have an unknown field 'frobnicate': it has no effect"
     ]
-    assert 'octavo:ignored_request_fields_total{model_name="scripted"} 3.0' in metrics
+    assert f'octavo:ignored_request_fields_total{{ingress="{INGRESS}",model_name="scripted"}} 3.0' in metrics
