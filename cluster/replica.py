@@ -28,7 +28,7 @@ from octavo.cluster.token_sender import TokenChannel, TokenSender
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.errors import OctavoError, RankLost, StepError
 from octavo.engine.params import SamplingParams
-from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta
+from octavo.engine.types import EngineInfo, EngineStats, RankStatus, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class EngineLoop(Protocol):
     def submit(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def stats(self) -> EngineStats: ...
+    def ranks(self) -> tuple[RankStatus, ...]: ...
     def stop(self, drain_s: float = 0.0) -> None: ...
 
 
@@ -145,6 +146,11 @@ class EngineReplica:
 
     def stats(self) -> bytes:
         return bytes(wire.stats_to_proto(self._loop.stats()).SerializeToString())
+
+    def status(self) -> bytes:
+        """For `octavo status`: wire.ReplicaStatus."""
+        ranks, stats = self._loop.ranks(), self._loop.stats()
+        return wire.encode_status(wire.ReplicaStatus(self._info, stats, ranks, time.monotonic()))
 
     def abort(self, request_id: str) -> int:
         """End the client's request of this id; returns how many there were."""

@@ -19,6 +19,7 @@ from octavo.engine.types import (
     EngineStats,
     FinishReason,
     GenerationDefaults,
+    RankStatus,
     Request,
     Resumed,
     TokenDelta,
@@ -66,6 +67,16 @@ class Submission:
     request: Request
     ingress: IngressAddress
     stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """What a replica says of itself. clock: its monotonic clock then, in seconds, for rates between two of these."""
+
+    info: EngineInfo
+    stats: EngineStats
+    ranks: tuple[RankStatus, ...]
+    clock: float
 
 
 # --- sampling parameters
@@ -287,6 +298,25 @@ def info_from_proto(proto: Any) -> EngineInfo:
     defaults = {name: getattr(given, name) for name in _GENERATION_DEFAULTS if given.HasField(name)}
     phases = tuple((phase.name, phase.seconds) for phase in proto.phases)
     return EngineInfo(**values, generation_defaults=GenerationDefaults(**defaults), phases=phases)
+
+
+def encode_status(status: ReplicaStatus) -> bytes:
+    proto = tokens_pb2.ReplicaStatus(
+        info=info_to_proto(status.info), stats=stats_to_proto(status.stats), clock=status.clock
+    )
+    proto.ranks.extend(tokens_pb2.RankStatus(**dataclasses.asdict(rank)) for rank in status.ranks)
+    return bytes(proto.SerializeToString())
+
+
+def decode_status(data: bytes) -> ReplicaStatus:
+    proto = tokens_pb2.ReplicaStatus.FromString(data)
+    ranks = tuple(_rank_from_proto(rank) for rank in proto.ranks)
+    return ReplicaStatus(info_from_proto(proto.info), stats_from_proto(proto.stats), ranks, proto.clock)
+
+
+def _rank_from_proto(proto: Any) -> RankStatus:
+    values = {field.name: getattr(proto, field.name) for field in dataclasses.fields(RankStatus)}
+    return RankStatus(**{**values, "gpu": proto.gpu if proto.HasField("gpu") else None})
 
 
 _STATS = tuple(field.name for field in dataclasses.fields(EngineStats))

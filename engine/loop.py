@@ -16,7 +16,7 @@ from typing import Literal
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore
 from octavo.engine.errors import CapacityError, OctavoError, RankLost
-from octavo.engine.types import EngineStats, Request, TokenDelta
+from octavo.engine.types import EngineStats, RankStatus, Request, TokenDelta
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,9 @@ class EngineLoop:
 
     def stats(self) -> EngineStats:
         return self.core.stats()
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        return self.core.ranks()
 
     @property
     def num_live(self) -> int:

@@ -122,6 +122,23 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True, slots=True)
+class RankStatus:
+    """One rank of a replica, as the replica's own process sees it.
+
+    node: where it runs, as Ray calls it (hex); empty = where the replica's own process does. gpu: the number of its
+    device on that node, None on a CPU. heartbeat_age_s: seconds since its last sign of life; 0 in the same process.
+    """
+
+    rank: int
+    stage: int
+    tp_rank: int
+    pid: int
+    node: str = ""
+    gpu: int | None = None
+    heartbeat_age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What a built engine is: facts read from its checkpoint or measured at start.
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from octavo.engine.core.plan import StepPlan, StepResult
 from octavo.engine.core.scheduler import Scheduler
 from octavo.engine.errors import StepError
-from octavo.engine.types import EngineStats, Request, TokenDelta
+from octavo.engine.types import EngineStats, RankStatus, Request, TokenDelta
 
 
 class Process(Protocol):
@@ -26,6 +26,9 @@ class Process(Protocol):
 
     def check(self) -> None:
         """Raise RankLost if a rank is gone. Returns at once; to be called every second or so while nothing runs."""
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        """All ranks, in order. Returns at once; may be called from any thread."""
 
     def close(self) -> None:
         """Stop the ranks and free what they hold."""
@@ -80,6 +83,9 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return replace(self.scheduler.stats(), last_step_at=self._last_step_at)
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        return self.process.ranks()
 
     def close(self) -> None:
         self.process.close()

@@ -9,12 +9,14 @@ between operations instead of spinning for a moment: a decode step then took 24 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from octavo.engine.core.plan import StepPlan, StepResult
 from octavo.engine.errors import OctavoError, StepError
+from octavo.engine.types import RankStatus
 
 
 class Executes(Protocol):
@@ -50,6 +52,9 @@ class InProcess:
 
     def check(self) -> None:
         """What could be lost is this process."""
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        return (RankStatus(rank=0, stage=0, tp_rank=0, pid=os.getpid()),)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

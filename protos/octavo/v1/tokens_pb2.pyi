@@ -125,6 +125,36 @@ class EngineStats(_message.Message):
     prefill_tokens: int
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ..., prefill_tokens: _Optional[int] = ...) -> None: ...
 
+class ReplicaStatus(_message.Message):
+    __slots__ = ("info", "stats", "ranks", "clock")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    info: EngineInfo
+    stats: EngineStats
+    ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
+    clock: float
+    def __init__(self, info: _Optional[_Union[EngineInfo, _Mapping]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., clock: _Optional[float] = ...) -> None: ...
+
+class RankStatus(_message.Message):
+    __slots__ = ("rank", "stage", "tp_rank", "pid", "node", "gpu", "heartbeat_age_s")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    stage: int
+    tp_rank: int
+    pid: int
+    node: str
+    gpu: int
+    heartbeat_age_s: float
+    def __init__(self, rank: _Optional[int] = ..., stage: _Optional[int] = ..., tp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., gpu: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ...) -> None: ...
+
 class EngineInfo(_message.Message):
     __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant")
     class GenerationDefaults(_message.Message):
