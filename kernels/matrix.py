@@ -6,11 +6,13 @@ op that multiplies with a Matrix multiplies with all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+_CHUNK_WEIGHTS = 1 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,19 +76,24 @@ class Matrix:
         )
 
     def narrow(self, axis: int, start: int, size: int) -> Matrix:
-        """Outputs (axis 0) or inputs (axis 1) from `start` on. Raises ValueError if inputs cut through a group."""
-        if axis == 1 and self.inputs is not None and size != self.shape[1]:
-            raise ValueError("its inputs are reordered and cannot be cut")
+        """Outputs (axis 0) or inputs (axis 1) from `start` on.
+
+        Where inputs cut through a group, all groups become as small as the cut asks for. Inputs that a format has
+        reordered come out as numbers, in their own order. Raises ValueError where groups would not be whole fours.
+        """
         if axis == 0 or self.scales is None:
             return self._each(lambda part: part.narrow(axis, start, size))
-        step = self.group_size
         if (start, size) == (0, self.shape[1]):
             return self
-        if step == self.shape[1]:  # one scale per output holds for any part of its inputs
+        if self.inputs is not None:  # each group keeps another number of inputs, which no group_size could state
+            return Matrix(torch.cat([rows[:, start : start + size] for rows in self._numbers()]))
+        if self.group_size == self.shape[1]:  # one scale per output holds for any part of its inputs
             return replace(self, values=self.values.narrow(1, start, size), group_size=size)
-        if start % step or size % step:
-            raise ValueError(f"inputs {start} to {start + size} are not whole groups of {step}")
-        cut = self._each(lambda part: part.narrow(1, start // step, size // step))
+        step = math.gcd(self.group_size, start, size)
+        if step % 4 and step != size:
+            raise ValueError(f"inputs {start} to {start + size} cut groups of {self.group_size} in parts of {step}")
+        whole = self._in_groups_of(step)
+        cut = whole._each(lambda part: part.narrow(1, start // step, size // step))
         return replace(cut, values=self.values.narrow(1, start, size))
 
     def to(self, device: torch.device) -> Matrix:
@@ -107,7 +114,11 @@ class Matrix:
         """
         sizes = (size for size in range(most // 4 * 4, 0, -4) if self.group_size % size == 0)
         size = self.group_size if self.group_size <= most else next(sizes, self.group_size)
-        if self.scales is None or size == self.group_size:
+        return self if self.scales is None else self._in_groups_of(size)
+
+    def _in_groups_of(self, size: int) -> Matrix:
+        """size: divides the present group_size."""
+        if size == self.group_size:
             return self
         times = self.group_size // size
         parts = {name: getattr(self, name) for name in ("scales", "mins") if getattr(self, name) is not None}
@@ -137,6 +148,12 @@ class Matrix:
         if self.inputs is not None:
             values = torch.empty_like(values).index_copy_(1, self.inputs, values)
         return values.to(dtype)
+
+    def _numbers(self) -> Iterator[torch.Tensor]:
+        """`dequantize`, some outputs at a time."""
+        step = max(1, _CHUNK_WEIGHTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield self.narrow(0, start, min(step, self.shape[0] - start)).dequantize()
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Matrix:
         parts = {name: getattr(self, name) for name in ("values", "scales", "mins")}

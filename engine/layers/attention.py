@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from octavo.engine.layers.context import BuildContext
+from octavo.engine.layers.heads import share_heads
 from octavo.engine.layers.kv import KVSpec
-from octavo.engine.layers.linear import QKVLinear, RowParallelLinear, kv_head_range
+from octavo.engine.layers.linear import QKVLinear, RowParallelLinear
 from octavo.engine.layers.norm import RMSNorm
 from octavo.engine.layers.rotary import Rotary
+from octavo.engine.layers.weight import Cut
 from octavo.kernels.ops import AttentionBatch
 
 __all__ = ["Attention", "AttentionSpec", "KVSpec", "SelfAttention"]
@@ -21,7 +23,10 @@ KVCaches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Attention:
-    """Stores the step's KV in the layer's blocks, then attends. No weights. `index`: the layer's place in `kv`."""
+    """Stores the step's KV in the layer's blocks, then attends. No weights.
+
+    index: the layer's place in `kv`, which holds those of the stage.
+    """
 
     def __init__(
         self, ctx: BuildContext, index: int, kv_spec: KVSpec, scale: float, soft_cap: float | None = None
@@ -70,13 +75,12 @@ class SelfAttention(nn.Module):
         k_norm: RMSNorm | None = None,
     ) -> None:
         super().__init__()
-        heads = ctx.mesh.tp.share(spec.num_heads, "Number of attention heads")
-        _, kv_heads = kv_head_range(ctx.mesh.tp, spec.num_kv_heads)
-        self.heads, self.head_size = (heads, kv_heads, kv_heads), spec.head_size
-        self.qkv_proj = QKVLinear(
-            ctx, spec.width, spec.num_heads, spec.num_kv_heads, spec.head_size, bias=spec.qkv_bias
-        )
-        self.o_proj = RowParallelLinear(ctx, spec.num_heads * spec.head_size, spec.width, bias=spec.out_bias)
+        mine = share_heads(spec.num_heads, spec.num_kv_heads, ctx.mesh.tp.size)[ctx.mesh.tp.rank]
+        query, kv = Cut(mine.query, spec.num_heads), Cut(mine.kv, spec.num_kv_heads)
+        kv_heads = len(mine.kv)
+        self.heads, self.head_size = (len(mine.query), kv_heads, kv_heads), spec.head_size
+        self.qkv_proj = QKVLinear(ctx, spec.width, query, kv, spec.head_size, bias=spec.qkv_bias)
+        self.o_proj = RowParallelLinear(ctx, query.times(spec.head_size), spec.width, bias=spec.out_bias)
         self.q_norm, self.k_norm, self.rotary = q_norm, k_norm, rotary
         kv_dtype = str(ctx.kv_dtype or ctx.dtype).removeprefix("torch.")
         kv_spec = KVSpec(kv_heads, spec.head_size, kv_dtype, spec.window)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.engine.layers.linear_method import LinearMethod, Unquantized
+from octavo.engine.parallel.layout import deal
 from octavo.engine.parallel.mesh import Mesh
 from octavo.kernels.ops import Ops
 
@@ -35,3 +36,7 @@ class BuildContext:
     def num_positions(self) -> int:
         assert self.max_model_len is not None, "max_model_len is unresolved"
         return self.max_model_len
+
+    def layers(self, num_layers: int) -> range:
+        """Which of the model's layers this stage has."""
+        return deal(num_layers, self.mesh.pp.size)[self.mesh.pp.rank]

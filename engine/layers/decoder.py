@@ -5,7 +5,7 @@ A family gives the shell its embedding, blocks, last norm and head; what it adds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from octavo.engine.layers.attention import KVCaches, SelfAttention
-from octavo.engine.layers.embedding import LearnedPositions, LMHead, VocabParallelEmbedding
+from octavo.engine.layers.context import BuildContext
+from octavo.engine.layers.embedding import LearnedPositions, LMHead, VocabParallelEmbedding, gather_vocab, vocab_shares
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
 from octavo.kernels.ops import AttentionBatch
@@ -57,42 +58,74 @@ class WeightNames:
         return WeightTarget(".".join(path), weight, part, transpose)
 
 
-class CausalLM(nn.Module):
-    """Token ids in, hidden states out; logits of chosen rows on demand.
+class Numbered(nn.ModuleDict):
+    """A stage's layers in order, by their numbers in the whole model, which are their names in a checkpoint too."""
 
-    Subclasses build `embed_tokens`, `layers`, `norm` and `lm_head` and pass them here.
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
+        super().__init__({str(number): layer for number, layer in layers.items()})
+
+    def __getitem__(self, number: int | str) -> nn.Module:
+        return super().__getitem__(str(number))
+
+
+class CausalLM(nn.Module):
+    """One pipeline stage of a decoder: token ids or hidden states in, hidden states out; logits of chosen rows.
+
+    Subclasses build what the stage has and pass it here: `embed_tokens` the first (and the last, if the head is tied to
+    it), `layers` by their number in the whole model, `norm` and `lm_head` the last. Between stages goes one tensor
+    [T, width]: the sum of the residual and what the last block added, exactly as the next block's norm would take it
+    in, so that stages compute bit for bit what one does.
     """
 
     weight_names: ClassVar[WeightNames] = WeightNames()
 
     def __init__(
         self,
-        embed_tokens: VocabParallelEmbedding,
-        layers: Iterable[nn.Module],
+        ctx: BuildContext,
+        width: int,
+        vocab_size: int,
+        embed_tokens: VocabParallelEmbedding | None,
+        layers: Mapping[int, nn.Module],
         norm: RMSNorm | LayerNorm | None,
-        lm_head: LMHead,
+        lm_head: LMHead | None,
     ) -> None:
         super().__init__()
-        self.embed_tokens, self.layers = embed_tokens, nn.ModuleList(layers)
+        self.embed_tokens = embed_tokens
+        self.layers = Numbered(layers)
         self.norm, self.lm_head = norm, lm_head
-        self.vocab_size = lm_head.vocab_size
+        self.width, self.vocab_size, self.pp, self.tp = width, vocab_size, ctx.mesh.pp, ctx.mesh.tp
+        # All stages in one, without memory: what the checkpoint may hold besides this stage's tensors. In a list, so
+        # that it is no part of this one. Empty: this is all there is.
+        self.whole: list[CausalLM] = []
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        x: torch.Tensor,
         positions: torch.Tensor,
         kv: KVCaches,
         batch: AttentionBatch,
     ) -> torch.Tensor:
-        """input_ids, positions: [T] int64; kv: (key, value) caches per attention layer → hidden [T, M], normed."""
+        """x: input ids [T] int64 on the first stage, later what the stage before returned, which is given up;
+        positions: [T] int64; kv: (key, value) caches of the stage's layers → hidden [T, width], normed on the last."""
         raise NotImplementedError
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [R, M] rows of forward's result → [R, V] float32."""
+        """hidden: [R, width] rows of the last stage's result → [R, V] float32 on every tp rank, whole rows gathered."""
+        local = self.local_logits(hidden)
+        return local if self.tp.size == 1 else gather_vocab(self.tp, local, self.vocab_shares, self.vocab_size)
+
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `logits`, but only the token ids of this rank: [R, len(vocab_shares[tp rank])]."""
+        assert self.lm_head is not None, "only the last stage has the head"
         return self.lm_head(hidden)
 
+    @property
+    def vocab_shares(self) -> tuple[range, ...]:
+        """The token ids of every tp rank."""
+        return vocab_shares(self.tp, self.vocab_size)
+
     def kv_specs(self) -> tuple[KVSpec, ...]:
-        """One per attention layer; the index is the layer's place in `kv`."""
+        """One per attention layer of the stage; the index is the layer's place in `kv`."""
         found = [module.attention for module in self.modules() if isinstance(module, SelfAttention)]
         return tuple(attention.kv_spec for attention in sorted(found, key=lambda attention: attention.index))
 
@@ -100,41 +133,51 @@ class CausalLM(nn.Module):
 class RMSNormLM(CausalLM):
     """Shell of the families whose blocks hand on (x, residual), so that each add is fused with the norm after it."""
 
-    norm: RMSNorm
+    norm: RMSNorm | None
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch
-    ) -> torch.Tensor:
-        x, residual = self.embed_tokens(input_ids), None
-        for layer in self.layers:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch) -> torch.Tensor:
+        residual: torch.Tensor | None = None
+        if self.pp.is_first:
+            assert self.embed_tokens is not None
+            x = self.embed_tokens(x)
+        for layer in self.layers.values():
             x, residual = layer(x, residual, positions, kv, batch)
-        return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
+        assert residual is not None, "every stage has a layer"
+        if self.norm is not None:
+            return self.norm.add(x, residual)[0]
+        # The sum alone, by the op that all the other sums are made with.
+        return layer.input_layernorm.add(x, residual)[1]
 
 
 class LayerNormLM(CausalLM):
-    """Shell of the families with learned positions and LayerNorm blocks."""
+    """Shell of the families with learned positions and LayerNorm blocks. Positions are added on the first stage."""
+
+    norm: LayerNorm | None
 
     def __init__(
         self,
-        embed_tokens: VocabParallelEmbedding,
-        embed_positions: LearnedPositions,
-        layers: Iterable[nn.Module],
+        ctx: BuildContext,
+        width: int,
+        vocab_size: int,
+        embed_tokens: VocabParallelEmbedding | None,
+        embed_positions: LearnedPositions | None,
+        layers: Mapping[int, nn.Module],
         norm: LayerNorm | None,
-        lm_head: LMHead,
+        lm_head: LMHead | None,
     ) -> None:
-        super().__init__(embed_tokens, layers, norm, lm_head)
+        super().__init__(ctx, width, vocab_size, embed_tokens, layers, norm, lm_head)
         self.embed_positions = embed_positions
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch
-    ) -> torch.Tensor:
-        x = self.embed(input_ids) + self.embed_positions(positions)
-        for layer in self.layers:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch) -> torch.Tensor:
+        if self.embed_positions is not None:
+            x = self.embed(x) + self.embed_positions(positions)
+        for layer in self.layers.values():
             x = layer(x, positions, kv, batch)
         return x if self.norm is None else self.norm(x)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] → [T, M]."""
+        assert self.embed_tokens is not None
         return self.embed_tokens(input_ids)
 
 

@@ -7,16 +7,8 @@ import torch.nn.functional as F
 
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.linear_method import LinearMethod
-from octavo.engine.layers.weight import Layer, Part, ShardRule, Weight, whole_part
+from octavo.engine.layers.weight import Cut, Layer, ShardRule, Source, Weight, whole_part
 from octavo.engine.parallel.mesh import Group
-from octavo.kernels.matrix import Matrix
-
-
-def vocab_part(vocab_size: int, group: Group) -> tuple[Part, int]:
-    """The rank's range of token ids, and the rows it stores: equal on all ranks, so the last ones may hold padding."""
-    rows = -(-vocab_size // group.size)
-    first = min(group.rank * rows, vocab_size)
-    return Part("", 0, min(rows, vocab_size - first), first, vocab_size), rows
 
 
 class VocabTable(Layer):
@@ -25,15 +17,16 @@ class VocabTable(Layer):
     def __init__(self, ctx: BuildContext, vocab_size: int, width: int, method: LinearMethod | None) -> None:
         super().__init__()
         self.group, self.vocab_size, self.dtype, self.device = ctx.mesh.tp, vocab_size, ctx.dtype, ctx.device
-        self.part, rows = vocab_part(vocab_size, self.group)
+        self.shares = vocab_shares(self.group, vocab_size)
+        self.part = Cut(self.shares[self.group.rank], vocab_size).part()
         self.method: LinearMethod | None = method
         if method is not None:
-            method.create(self, (rows, width), ShardRule(0, (self.part,)))
+            method.create(self, (self.part.size, width), ShardRule(0, (self.part,)))
 
     def expects(self) -> dict[str, Weight]:
         return {} if self.method is None else self.method.expects(self)
 
-    def load(self, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
+    def load(self, name: str, part: str | None, tensor: Source) -> None:
         assert self.method is not None
         self.method.load(self, name, part, tensor)
 
@@ -42,9 +35,29 @@ class VocabTable(Layer):
             self.method.finish(self)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, M] → [R, V], in the dtype of hidden."""
+        """[R, M] → [R, V of this rank], in the dtype of hidden."""
         assert self.method is not None
-        return self.group.all_gather(self.method.apply(self, hidden, None))[:, : self.vocab_size]
+        return self.method.apply(self, hidden, None)
+
+
+def vocab_shares(group: Group, vocab_size: int) -> tuple[range, ...]:
+    """Every rank's token ids."""
+    return group.shares(vocab_size, _VOCAB_UNIT)
+
+
+def gather_vocab(group: Group, local: torch.Tensor, shares: tuple[range, ...], vocab_size: int) -> torch.Tensor:
+    """local: [R, V of this rank] → [R, V], whole rows."""
+    widest = max(len(share) for share in shares)
+    padded = local.new_zeros(len(local), widest)
+    padded[:, : local.shape[1]] = local
+    everyone = group.all_gather(padded)
+    rows = local.new_empty(len(local), vocab_size)
+    for share, theirs in zip(shares, everyone, strict=True):
+        rows[:, share.start : share.stop] = theirs[:, : len(share)]
+    return rows
+
+
+_VOCAB_UNIT = 64  # whole panels and vectors of the ops
 
 
 class VocabParallelEmbedding(VocabTable):
@@ -83,7 +96,7 @@ class LearnedPositions(Layer):
 
 
 class LMHead(VocabTable):
-    """[R, M] → [R, V] float32. Tied: it reads the embedding's table.
+    """[R, M] → [R, V of this rank] float32: `shares` says which rank has which. Tied: it reads the embedding's table.
 
     `soft_cap` c: logits become c * tanh(logit / c).
 
@@ -109,3 +122,21 @@ class LMHead(VocabTable):
         table = self.tied[0] if self.tied else self
         logits = table.project(hidden.to(self.logits_dtype)).float()
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+
+def embedding_and_head(
+    ctx: BuildContext,
+    vocab_size: int,
+    width: int,
+    *,
+    tied: bool,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> tuple[VocabParallelEmbedding | None, LMHead | None]:
+    """What this stage has: the first embeds, the last has the head, and a tied table is on both."""
+    pp = ctx.mesh.pp
+    needs_table = pp.is_first or (tied and pp.is_last)
+    embed = VocabParallelEmbedding(ctx, vocab_size, width, scale, tied) if needs_table else None
+    if not pp.is_last:
+        return embed, None
+    return embed, LMHead(ctx, vocab_size, width, embed if tied else None, soft_cap)

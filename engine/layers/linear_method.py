@@ -7,12 +7,17 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from octavo.engine.layers.weight import ShardRule, Weight
-from octavo.kernels.matrix import Matrix
+from octavo.engine.layers.weight import ShardRule, Source, Weight
 
 
 class LinearMethod(Protocol):
-    """One way to keep a matrix [out, in]. What it keeps, it keeps on the layer: linear, embedding or head."""
+    """One way to keep a matrix [out, in]. What it keeps, it keeps on the layer: linear, embedding or head.
+
+    cut_unit: a power of two. Inputs cut at its multiples give each rank the very numbers of the whole matrix, rounded
+    in the same company; cut elsewhere, groups of inputs that share a scale become smaller.
+    """
+
+    cut_unit: int
 
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
         """Register what will hold the layer's matrix, [out, in] on this rank."""
@@ -20,7 +25,7 @@ class LinearMethod(Protocol):
     def expects(self, layer: Any) -> dict[str, Weight]:
         """See `Layer.expects`, without the bias, which is the layer's own."""
 
-    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
+    def load(self, layer: Any, name: str, part: str | None, tensor: Source) -> None:
         """Take one checkpoint tensor that `expects` names, of `part` (None: all parts, in order)."""
 
     def finish(self, layer: Any) -> None:
@@ -36,14 +41,16 @@ class LinearMethod(Protocol):
 class Unquantized:
     """The matrix as a plain parameter in the model's dtype."""
 
+    cut_unit = 16  # whole vectors
+
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
         layer.weight = Weight(shape, rule, layer.dtype, layer.device)
 
     def expects(self, layer: Any) -> dict[str, Weight]:
         return {"weight": layer.weight}
 
-    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
-        layer.weight.fill(part, tensor.dequantize() if isinstance(tensor, Matrix) else tensor)
+    def load(self, layer: Any, name: str, part: str | None, tensor: Source) -> None:
+        layer.weight.fill(part, tensor)
 
     def finish(self, layer: Any) -> None:
         pass

@@ -12,6 +12,7 @@ from torch import nn
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from octavo.engine.layers.weight import Cut
 
 T = TypeVar("T")
 
@@ -31,8 +32,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, ctx: BuildContext, width: int, inner: int, activation: str, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up_proj = ColumnParallelLinear(ctx, width, (("gate", inner), ("up", inner)), bias=bias)
-        self.down_proj = RowParallelLinear(ctx, inner, width, bias=bias)
+        cut = _cut(ctx, inner)
+        self.gate_up_proj = ColumnParallelLinear(ctx, width, cut, bias, names=("gate", "up"))
+        self.down_proj = RowParallelLinear(ctx, cut, width, bias)
         self.activation = getattr(ctx.ops, _lookup(GATED, activation))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,13 +46,19 @@ class PlainMLP(nn.Module):
 
     def __init__(self, ctx: BuildContext, width: int, inner: int, activation: str, bias: bool) -> None:
         super().__init__()
-        self.up_proj = ColumnParallelLinear(ctx, width, (("", inner),), bias=bias)
-        self.down_proj = RowParallelLinear(ctx, inner, width, bias=bias)
+        cut = _cut(ctx, inner)
+        self.up_proj = ColumnParallelLinear(ctx, width, cut, bias)
+        self.down_proj = RowParallelLinear(ctx, cut, width, bias)
         act = _lookup(PLAIN, activation)
         self.activation = getattr(ctx.ops, act) if isinstance(act, str) else act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def _cut(ctx: BuildContext, inner: int) -> Cut:
+    """The rank's channels, cut where the linear method likes it best."""
+    return Cut(ctx.mesh.tp.shares(inner, ctx.linear_method.cut_unit)[ctx.mesh.tp.rank], inner)
 
 
 def _lookup(table: dict[str, T], name: str) -> T:

@@ -7,17 +7,22 @@ finished model. Knows no format by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from octavo.engine.errors import ConfigError
-from octavo.engine.layers.weight import ShardRule, Weight
+from octavo.engine.layers.weight import ShardRule, Source, Weight, as_floats, read
 from octavo.kernels.matrix import Matrix, join
 from octavo.kernels.ops import Ops, Packed
 
-Quantize = Callable[[torch.Tensor], Matrix]
+
+class Quantize(Protocol):
+    def __call__(self, weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
+        """weight: [N, K]. inputs: those to keep; None = all. They become what they are in the whole."""
+        ...
+
+
 META = torch.device("meta")
 # The most inputs that are rounded to 8 bits with one scale. A few inputs of a model are ten times larger than the rest
 # and would take the precision of all that share their scale: over whole rows of SmolLM2 that costs 3.7 % of perplexity,
@@ -33,6 +38,8 @@ class PackedMethod:
     the bytes. dequantize: tensors that come quantized become floats.
     """
 
+    cut_unit = ROUNDED_TOGETHER
+
     def __init__(self, ops: Ops, quantize: Quantize | None = None, dequantize: bool = False) -> None:
         self.ops, self.quantize, self.dequantize = ops, quantize, dequantize
 
@@ -44,24 +51,21 @@ class PackedMethod:
     def expects(self, layer: Any) -> dict[str, Weight]:
         return {"weight": layer.weight}
 
-    def load(self, layer: Any, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
+    def load(self, layer: Any, name: str, part: str | None, tensor: Source) -> None:
         weight: Weight = layer.weight
-        weight.check(part, tensor.shape)
-        matrix = self._matrix(tensor, layer.dtype)
-        axis, at = weight.rule.axis, 0
-        for p in weight.parts(part):
-            try:
-                mine = matrix.narrow(axis, at + p.source, p.size)
-            except ValueError as error:
-                raise ConfigError(f"cannot be cut over ranks: {error}") from None
-            layer.pieces.append((p.start, mine.to(layer.device)))
-            at += p.whole
+        (first, *_) = weight.parts(part)
+        if weight.rule.axis == 1 and self._quantizes(tensor) and first.size != first.whole:
+            # A scale is of all inputs of an output, also of those that other ranks have.
+            weight.check(part, tensor.shape)
+            assert self.quantize is not None
+            mine = self.quantize(as_floats(read(tensor)), inputs=range(first.source, first.source + first.size))
+            layer.pieces.append((first.start, mine.to(layer.device)))
+            return
+        for p, piece in weight.cut(part, tensor):
+            layer.pieces.append((p.start, self._matrix(piece, layer.dtype).to(layer.device)))
 
     def finish(self, layer: Any) -> None:
         pieces = [matrix for _, matrix in sorted(layer.pieces, key=lambda piece: piece[0])]
-        lacking = layer.weight.shape[0] - sum(matrix.shape[0] for matrix in pieces)
-        if layer.weight.rule.axis == 0 and lacking:
-            pieces.append(pieces[-1].zeros(lacking))
         layer.packed = self.ops.pack_linear(_merged([_with_small_groups(matrix) for matrix in pieces]))
         del layer.weight, layer.pieces
 
@@ -72,9 +76,12 @@ class PackedMethod:
     def rows(self, layer: Any, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.ops.embedding(index, layer.packed, dtype)
 
+    def _quantizes(self, source: Source) -> bool:
+        return self.quantize is not None and (self.dequantize or isinstance(source, torch.Tensor))
+
     def _matrix(self, tensor: torch.Tensor | Matrix, dtype: torch.dtype) -> Matrix:
         if isinstance(tensor, Matrix):
-            if not self.dequantize:
+            if tensor.scales is not None and not self.dequantize:
                 return tensor
             tensor = tensor.dequantize()
         if self.quantize is not None:

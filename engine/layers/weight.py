@@ -5,15 +5,45 @@ A layer decides once, when it is built, what its rank owns; whoever reads a chec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from octavo.engine.errors import ConfigError
-from octavo.engine.parallel.mesh import Group
 from octavo.kernels.matrix import Matrix
+
+
+class Stored(Protocol):
+    """A weight that is still in its checkpoint: so that a rank reads what it keeps of it, and nothing else."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def nbytes(self) -> int:
+        """Of the whole, as stored."""
+        ...
+
+    def narrow(self, axis: int, start: int, size: int) -> Stored:
+        """Reads nothing."""
+        ...
+
+    def read(self) -> torch.Tensor | Matrix:
+        """Raises ValueError if it cannot be cut there."""
+        ...
+
+
+Source = torch.Tensor | Matrix | Stored  # a tensor may be a view of a mapped file, which is read when it is used
+
+
+def read(source: Source) -> torch.Tensor | Matrix:
+    return source if isinstance(source, (torch.Tensor, Matrix)) else source.read()
+
+
+def as_floats(weight: torch.Tensor | Matrix) -> torch.Tensor:
+    return weight.dequantize() if isinstance(weight, Matrix) else weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +72,19 @@ class ShardRule:
     parts: tuple[Part, ...]
 
 
-def split_part(total: int, group: Group, what: str, name: str = "", start: int = 0) -> Part:
-    """The rank's equal share of `total`. Raises ConfigError if it does not divide."""
-    size = group.share(total, what)
-    return Part(name, start, size, group.rank * size, total)
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What this rank has of `whole` things in a row: those of `share`."""
+
+    share: range
+    whole: int
+
+    def times(self, size: int) -> Cut:
+        """Each thing is `size` long."""
+        return Cut(range(self.share.start * size, self.share.stop * size), self.whole * size)
+
+    def part(self, name: str = "", start: int = 0) -> Part:
+        return Part(name, start, len(self.share), self.share.start, self.whole)
 
 
 def whole_part(total: int, name: str = "", start: int = 0) -> Part:
@@ -79,13 +118,20 @@ class Weight(nn.Parameter):
         if tuple(shape) != expected:
             raise ConfigError(f"has shape {tuple(shape)}, the model's config asks for {expected}")
 
-    def fill(self, part: str | None, tensor: torch.Tensor) -> None:
+    def fill(self, part: str | None, tensor: Source) -> None:
         """Copy this rank's slice of a checkpoint tensor, cast to the parameter's dtype. Raises ConfigError on shape."""
-        self.check(part, tensor.shape)
+        for p, mine in self.cut(part, tensor):
+            self.data.narrow(self.rule.axis, p.start, p.size).copy_(as_floats(mine))
+
+    def cut(self, part: str | None, source: Source) -> Iterator[tuple[Part, torch.Tensor | Matrix]]:
+        """This rank's slice of every part that a checkpoint tensor holds; nothing else of it is read."""
+        self.check(part, source.shape)
         at = 0
         for p in self.parts(part):
-            mine = tensor.narrow(self.rule.axis, at + p.source, p.size)
-            self.data.narrow(self.rule.axis, p.start, p.size).copy_(mine)
+            try:
+                yield p, read(source.narrow(self.rule.axis, at + p.source, p.size))
+            except ValueError as error:
+                raise ConfigError(f"cannot be cut over ranks: {error}") from None
             at += p.whole
 
 
@@ -100,6 +146,6 @@ class Layer(nn.Module):
     def finish(self) -> None:
         """All tensors are loaded. Called once, before the first forward."""
 
-    def load(self, name: str, part: str | None, tensor: torch.Tensor | Matrix) -> None:
+    def load(self, name: str, part: str | None, tensor: Source) -> None:
         """Take the tensor `name`, of a part or (None) of all parts in order. Raises ConfigError on a wrong shape."""
-        self.expects()[name].fill(part, tensor.dequantize() if isinstance(tensor, Matrix) else tensor)
+        self.expects()[name].fill(part, tensor)

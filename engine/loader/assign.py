@@ -13,8 +13,7 @@ import torch
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
-from octavo.engine.layers.weight import Layer, Weight
-from octavo.kernels.matrix import Matrix
+from octavo.engine.layers.weight import Layer, Source, Weight
 
 HEAD = "lm_head"
 # module path → weight name → names of the parts that want a tensor, in the model's order
@@ -22,36 +21,28 @@ Wanted = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
 def load_weights(
-    model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor | Matrix]], on_bytes: Callable[[int], None] | None = None
+    model: CausalLM, tensors: Iterable[tuple[str, Source]], on_bytes: Callable[[int], None] | None = None
 ) -> None:
     """Fill every parameter of `model` from (name, tensor) pairs in any order.
 
-    Tensors are cast to the parameters' dtype and cut to this rank's share. A layer is finished as soon as it has all of
+    Tensors are cut to this rank's share, which alone is read if they are still in a file, and cast to the parameters'
+    dtype. Tensors of other pipeline stages are passed over unread. A layer is finished as soon as it has all of
     its tensors, so that no more than one weight is there twice. `on_bytes` is called after each tensor with its size,
     kept or not. Raises ConfigError that names the first tensor that is unexpected, given twice or of a wrong shape, or
     the first that is missing at the end.
     """
     layers = _layers(model)
     wanted = _wanted(layers)
+    elsewhere = [_wanted(_layers(whole)) for whole in model.whole]
     missing = {path: {(name, part) for name, parts in wanted[path].items() for part in parts} for path in layers}
     for name, tensor in tensors:
         target = model.weight_names.target(name)
         if target is not None and not _is_tied_head(model, target):
             parts = _claimed(wanted, target)
-            if not parts:
+            if parts:
+                _take(layers[target.module], missing[target.module], parts, name, target, tensor)
+            elif not any(_claimed(theirs, target) for theirs in elsewhere):
                 raise ConfigError(f"The checkpoint holds {name!r}, which the model's config has no place for.")
-            lacks = missing[target.module]
-            if not lacks.issuperset((target.weight, part) for part in parts):
-                raise ConfigError(f"The checkpoint holds {name!r} twice.")
-            # A Matrix comes as the layer multiplies with it, [outputs, inputs].
-            turned = tensor.t() if target.transpose and isinstance(tensor, torch.Tensor) else tensor
-            try:
-                layers[target.module].load(target.weight, target.part, turned)
-            except ConfigError as error:
-                raise ConfigError(f"The checkpoint's {name!r} {error}.") from None
-            lacks.difference_update([(target.weight, part) for part in parts])
-            if not lacks:
-                layers[target.module].finish()
         if on_bytes is not None:
             on_bytes(tensor.nbytes)
     lacking = [(path, *slot) for path, slots in missing.items() for slot in slots]
@@ -60,6 +51,23 @@ def load_weights(
         which = f"{module}.{weight}" + (f" ({part})" if part else "")
         others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ConfigError(f"The checkpoint lacks the weights of {which}{others}: it is incomplete or of another model.")
+
+
+def _take(
+    layer: Layer, lacks: set[tuple[str, str]], parts: tuple[str, ...], name: str, target: WeightTarget, tensor: Source
+) -> None:
+    """Give a tensor to its layer. lacks: what the layer has not got yet."""
+    if not lacks.issuperset((target.weight, part) for part in parts):
+        raise ConfigError(f"The checkpoint holds {name!r} twice.")
+    # What is not a plain tensor comes as the layer multiplies with it, [outputs, inputs].
+    turned = tensor.t() if target.transpose and isinstance(tensor, torch.Tensor) else tensor
+    try:
+        layer.load(target.weight, target.part, turned)
+    except ConfigError as error:
+        raise ConfigError(f"The checkpoint's {name!r} {error}.") from None
+    lacks.difference_update([(target.weight, part) for part in parts])
+    if not lacks:
+        layer.finish()
 
 
 def init_dummy(model: CausalLM, seed: int) -> None:
@@ -108,4 +116,5 @@ def _claimed(wanted: Wanted, target: WeightTarget) -> tuple[str, ...]:
 
 def _is_tied_head(model: CausalLM, target: WeightTarget) -> bool:
     """Some checkpoints repeat the embedding as the head."""
-    return target.module == HEAD and bool(model.lm_head.tied)
+    head = (model.whole or [model])[0].lm_head
+    return target.module == HEAD and head is not None and bool(head.tied)

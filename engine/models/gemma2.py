@@ -9,7 +9,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.attention import AttentionSpec, SelfAttention
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.decoder import RMSNormLM, SandwichLayer
-from octavo.engine.layers.embedding import LMHead, VocabParallelEmbedding
+from octavo.engine.layers.embedding import embedding_and_head
 from octavo.engine.layers.mlp import GatedMLP
 from octavo.engine.layers.norm import RMSNorm
 from octavo.engine.layers.rotary import Rotary, rope_parameters
@@ -32,7 +32,7 @@ class GemmaLike(RMSNormLM):
         def norm(size: int = width) -> RMSNorm:
             return RMSNorm(ctx, size, config.rms_norm_eps, offset=1.0)
 
-        def layer(index: int, window: int | None, kind: str) -> SandwichLayer:
+        def layer(place: int, window: int | None, kind: str) -> SandwichLayer:
             spec = AttentionSpec(
                 width=width,
                 num_heads=config.num_attention_heads,
@@ -47,19 +47,22 @@ class GemmaLike(RMSNormLM):
             head_norms = [norm(config.head_dim) if qk_norm else None for _ in "qk"]
             return SandwichLayer(
                 [norm() for _ in range(4)],
-                SelfAttention(ctx, index, spec, rotary_of(kind), *head_norms),
+                SelfAttention(ctx, place, spec, rotary_of(kind), *head_norms),
                 GatedMLP(ctx, width, config.intermediate_size, config.hidden_activation),
             )
 
-        tied = config.tie_word_embeddings
-        embed = VocabParallelEmbedding(ctx, vocab_size, width, scale=width**0.5, tied=tied)
-        kinds = zip(windows_by_layer_type(config), config.layer_types, strict=True)
-        super().__init__(
-            embed,
-            [layer(index, window, kind) for index, (window, kind) in enumerate(kinds)],
-            norm(),
-            LMHead(ctx, vocab_size, width, embed if tied else None, soft_cap=config.final_logit_softcapping),
+        embed, head = embedding_and_head(
+            ctx,
+            vocab_size,
+            width,
+            tied=config.tie_word_embeddings,
+            scale=width**0.5,
+            soft_cap=config.final_logit_softcapping,
         )
+        windows, kinds = windows_by_layer_type(config), config.layer_types
+        mine = ctx.layers(len(kinds))
+        layers = {number: layer(place, windows[number], kinds[number]) for place, number in enumerate(mine)}
+        super().__init__(ctx, width, vocab_size, embed, layers, norm() if ctx.mesh.pp.is_last else None, head)
 
 
 class Gemma2ForCausalLM(GemmaLike):

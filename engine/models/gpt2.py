@@ -8,7 +8,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.attention import AttentionSpec, SelfAttention
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.decoder import LayerNormLayer, LayerNormLM, WeightNames, WeightTarget
-from octavo.engine.layers.embedding import LearnedPositions, LMHead, VocabParallelEmbedding
+from octavo.engine.layers.embedding import LearnedPositions, embedding_and_head
 from octavo.engine.layers.mlp import PlainMLP
 from octavo.engine.layers.norm import LayerNorm
 
@@ -47,23 +47,27 @@ class GPT2LMHeadModel(LayerNormLM):
         width, eps, heads = config.hidden_size, config.layer_norm_epsilon, config.num_attention_heads
         inner = 4 * width if config.n_inner is None else config.n_inner
 
-        def layer(index: int) -> LayerNormLayer:
+        def layer(place: int, number: int) -> LayerNormLayer:
             scale = (width // heads) ** -0.5 if config.scale_attn_weights else 1.0
             if config.scale_attn_by_inverse_layer_idx:
-                scale /= index + 1
+                scale /= number + 1
             spec = AttentionSpec(width, heads, heads, width // heads, scale, qkv_bias=True, out_bias=True)
             return LayerNormLayer(
                 LayerNorm(ctx, width, eps),
-                SelfAttention(ctx, index, spec, rotary=None),
+                SelfAttention(ctx, place, spec, rotary=None),
                 LayerNorm(ctx, width, eps),
                 PlainMLP(ctx, width, inner, config.activation_function, bias=True),
             )
 
-        embed = VocabParallelEmbedding(ctx, config.vocab_size, width, tied=config.tie_word_embeddings)
+        embed, head = embedding_and_head(ctx, config.vocab_size, width, tied=config.tie_word_embeddings)
+        pp = ctx.mesh.pp
         super().__init__(
+            ctx,
+            width,
+            config.vocab_size,
             embed,
-            LearnedPositions(ctx, config.max_position_embeddings, width),
-            [layer(index) for index in range(config.num_hidden_layers)],
-            LayerNorm(ctx, width, eps),
-            LMHead(ctx, config.vocab_size, width, embed if config.tie_word_embeddings else None),
+            LearnedPositions(ctx, config.max_position_embeddings, width) if pp.is_first else None,
+            {number: layer(place, number) for place, number in enumerate(ctx.layers(config.num_hidden_layers))},
+            LayerNorm(ctx, width, eps) if pp.is_last else None,
+            head,
         )

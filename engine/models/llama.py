@@ -9,7 +9,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.attention import AttentionSpec, SelfAttention
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.decoder import DecoderLayer, RMSNormLM, WeightNames
-from octavo.engine.layers.embedding import LMHead, VocabParallelEmbedding
+from octavo.engine.layers.embedding import embedding_and_head
 from octavo.engine.layers.mlp import GatedMLP
 from octavo.engine.layers.norm import RMSNorm
 from octavo.engine.layers.rotary import Rotary, rope_parameters
@@ -45,7 +45,7 @@ class LlamaLike(RMSNormLM):
         width, eps, head_size = config.hidden_size, config.rms_norm_eps, head_size_of(config)
         rotary = Rotary(ctx, rope_parameters(config), head_size, config.max_position_embeddings)
 
-        def layer(index: int, window: int | None) -> DecoderLayer:
+        def layer(place: int, window: int | None) -> DecoderLayer:
             spec = AttentionSpec(
                 width=width,
                 num_heads=config.num_attention_heads,
@@ -59,18 +59,16 @@ class LlamaLike(RMSNormLM):
             norms = [RMSNorm(ctx, head_size, eps) if traits.qk_norm else None for _ in "qk"]
             return DecoderLayer(
                 RMSNorm(ctx, width, eps),
-                SelfAttention(ctx, index, spec, rotary, *norms),
+                SelfAttention(ctx, place, spec, rotary, *norms),
                 RMSNorm(ctx, width, eps),
                 GatedMLP(ctx, width, config.intermediate_size, config.hidden_act, bias=traits.mlp_bias),
             )
 
-        embed = VocabParallelEmbedding(ctx, config.vocab_size, width, tied=config.tie_word_embeddings)
-        super().__init__(
-            embed,
-            [layer(index, window) for index, window in enumerate(traits.windows)],
-            RMSNorm(ctx, width, eps),
-            LMHead(ctx, config.vocab_size, width, embed if config.tie_word_embeddings else None),
-        )
+        embed, head = embedding_and_head(ctx, config.vocab_size, width, tied=config.tie_word_embeddings)
+        mine = ctx.layers(len(traits.windows))
+        layers = {number: layer(place, traits.windows[number]) for place, number in enumerate(mine)}
+        norm = RMSNorm(ctx, width, eps) if ctx.mesh.pp.is_last else None
+        super().__init__(ctx, width, config.vocab_size, embed, layers, norm, head)
 
 
 def head_size_of(config: Any) -> int:

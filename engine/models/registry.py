@@ -9,10 +9,15 @@ import dataclasses
 import importlib
 from typing import Any
 
+import torch
+
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.decoder import CausalLM
 from octavo.engine.layers.rotary import rope_parameters
+from octavo.engine.models.fits import check_layout
+from octavo.engine.parallel.layout import Layout
+from octavo.engine.parallel.mesh import Mesh
 
 # architecture, as `architectures` of a config.json names it → "module:class" below this package
 MODELS: dict[str, str] = {
@@ -29,7 +34,7 @@ MODELS: dict[str, str] = {
 
 
 def build_model(hf_config: Any, ctx: BuildContext) -> CausalLM:
-    """The model of a Hugging Face config, its weights still zeros (see `octavo.engine.loader.assign`).
+    """This rank's part of a Hugging Face config's model, its weights still zeros (see `octavo.engine.loader.assign`).
 
     Raises ConfigError for an architecture or a setting that is not supported, and for sizes that do not split over the
     mesh.
@@ -38,7 +43,11 @@ def build_model(hf_config: Any, ctx: BuildContext) -> CausalLM:
     if ctx.max_model_len is None:
         ctx = dataclasses.replace(ctx, max_model_len=max_model_len(hf_config))
     family = getattr(importlib.import_module(f"octavo.engine.models.{module}"), name)
-    return family(hf_config, ctx)
+    check_layout(hf_config, Layout(ctx.mesh.tp.size, ctx.mesh.pp.size))
+    model: CausalLM = family(hf_config, ctx)
+    if ctx.mesh.pp.size > 1:
+        model.whole.append(family(hf_config, dataclasses.replace(ctx, mesh=Mesh(), device=torch.device("meta"))))
+    return model
 
 
 def _family(hf_config: Any) -> str:

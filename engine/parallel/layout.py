@@ -61,4 +61,4 @@ def deal_evenly(total: int, shares: int, unit: int) -> tuple[range, ...]:
     return deal(total, shares, unit)
 
 
-_FINE = 8  # units per share from which one more or less does not matter
+_FINE = 4  # units per share from which one more or less does not matter

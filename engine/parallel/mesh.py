@@ -61,12 +61,6 @@ class Group:
         """Fill `out` (contiguous) with the next tensor that `source` sends; shape and dtype must be the sender's."""
         self._link.recv(out, source)
 
-    def share(self, total: int, what: str) -> int:
-        """This rank's part of `total` things, which must divide evenly."""
-        if total % self.size:
-            raise ConfigError(f"{what} ({total}) cannot be split over {self.size} {self.name} ranks.")
-        return total // self.size
-
     def shares(self, total: int, unit: int) -> tuple[range, ...]:
         """Every rank's part of `total` things that are best cut at multiples of `unit` (see `deal_evenly`)."""
         return deal_evenly(total, self.size, unit)

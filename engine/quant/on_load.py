@@ -5,7 +5,8 @@ Knows tensors alone. Which weights are quantized is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
@@ -20,60 +21,83 @@ _FIT_PASSES = 4
 _CHUNK_WEIGHTS = 1 << 18
 
 
-def quantizer(name: str) -> Callable[[torch.Tensor], Matrix]:
-    """int8, int4 or fp8 → what makes a Matrix of a weight [N, K]. Raises ConfigError for another name."""
+class Quantizer(Protocol):
+    def __call__(self, weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
+        """weight: [N, K] of any float dtype. inputs: those to keep; None = all. They become what they are in the whole.
+
+        A rank that holds some inputs of a weight so gets the numbers of a single rank: scales are of whole rows.
+        """
+        ...
+
+
+def quantizer(name: str) -> Quantizer:
+    """int8, int4 or fp8. Raises ConfigError for another name."""
     if name not in QUANTIZERS:
         raise ConfigError(f"quantization {name!r} is not known; known are {', '.join(QUANTIZERS)}.")
     return QUANTIZERS[name]
 
 
-def int8(weight: torch.Tensor) -> Matrix:
-    """weight: [N, K] of any float dtype → codes around 128, from -127 to 127, one scale per output.
+def int8(weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
+    """Codes around 128, from -127 to 127, one scale per output.
 
     Scales are float16 where all of them have its full precision, else float32.
     """
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    kept = _kept(weight, inputs)
+    codes = torch.empty(len(weight), len(kept), dtype=torch.uint8)
     scales = torch.cat([_largest(chunk) for _, chunk in _chunks(weight)]) / 127
     half = scales.half()
     if ((half.abs() >= _HALF.tiny) & half.isfinite() | (scales == 0)).all():
         scales = half
-    for rows, chunk in _chunks(weight):
+    for rows, chunk in _chunks(weight[:, kept.start : kept.stop]):
         steps = (chunk / _divisor(scales[rows].float())).round_().clamp_(-127, 127)  # a scale may be rounded down
         codes[rows] = steps.add_(128).to(torch.uint8)
-    return Matrix(codes, 8, weight.shape[1], scales, zero=128)
+    return Matrix(codes, 8, len(kept), scales, zero=128)
 
 
-def fp8(weight: torch.Tensor) -> Matrix:
-    """weight: [N, K] of any float dtype → float8_e4m3fn, one float32 scale per output."""
-    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+def fp8(weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
+    """float8_e4m3fn, one float32 scale per output."""
+    kept = _kept(weight, inputs)
+    values = torch.empty(len(weight), len(kept), dtype=torch.float8_e4m3fn)
     scales = torch.empty(len(weight), 1)
     for rows, chunk in _chunks(weight):
         scales[rows] = _largest(chunk) / _FP8_MAX
-        values[rows] = (chunk / _divisor(scales[rows])).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
-    return Matrix(values, 8, weight.shape[1], scales)
+        mine = chunk[:, kept.start : kept.stop] / _divisor(scales[rows])
+        values[rows] = mine.clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    return Matrix(values, 8, len(kept), scales)
 
 
-def int4(weight: torch.Tensor, group_size: int = GROUP_SIZES[-1]) -> Matrix:
-    """weight: [N, K] of any float dtype → 4-bit codes with a float16 scale and minimum per group of inputs.
+def int4(weight: torch.Tensor, group_size: int = GROUP_SIZES[-1], *, inputs: range | None = None) -> Matrix:
+    """4-bit codes with a float16 scale and minimum per group of inputs.
 
     Where group_size does not divide K, the next smaller of GROUP_SIZES that does is taken; where none does, int8.
     """
     width = weight.shape[1]
-    group_size = next((size for size in (group_size, *GROUP_SIZES) if size <= group_size and width % size == 0), 0)
-    if not group_size:
-        return int8(weight)
+    size = next((size for size in (group_size, *GROUP_SIZES) if size <= group_size and width % size == 0), 0)
+    if not size:
+        return int8(weight, inputs=inputs)
+    kept = _kept(weight, inputs)
+    first, last = kept.start // size * size, -(-kept.stop // size) * size
+    return _int4(weight[:, first:last], size).narrow(1, kept.start - first, len(kept))
+
+
+def _int4(weight: torch.Tensor, group_size: int) -> Matrix:
+    """weight: [N, K], K whole groups."""
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(weight.shape[0], width // group_size, dtype=torch.float16)
+    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.float16)
     mins = torch.empty_like(scales)
     for rows, chunk in _chunks(weight):
-        groups = chunk.view(len(chunk), -1, group_size)
+        groups = chunk.reshape(len(chunk), -1, group_size)
         scale, minimum = (part.half() for part in _fit(groups))
         codes[rows] = _nearest(groups, scale.float(), minimum.float()).view_as(chunk).to(torch.uint8)
         scales[rows], mins[rows] = scale.squeeze(2), minimum.squeeze(2)
     return Matrix(codes, 4, group_size, scales, mins)
 
 
-QUANTIZERS: dict[str, Callable[[torch.Tensor], Matrix]] = {"int8": int8, "int4": int4, "fp8": fp8}
+def _kept(weight: torch.Tensor, inputs: range | None) -> range:
+    return range(weight.shape[1]) if inputs is None else inputs
+
+
+QUANTIZERS: dict[str, Quantizer] = {"int8": int8, "int4": int4, "fp8": fp8}
 
 
 def _chunks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -123,6 +123,8 @@ def test_dummy_weights_follow_the_seed():
 class StoredInHalf:
     """A number format of its own: weights are kept in bfloat16 under another name, and computed with in float32."""
 
+    cut_unit = 1
+
     def create(self, layer, shape, rule):
         layer.stored = Weight(shape, rule, torch.bfloat16, layer.device)
 

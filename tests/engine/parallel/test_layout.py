@@ -35,7 +35,7 @@ def test_shares_cover_everything_once(total: int, shares: int, unit: int) -> Non
     if total >= shares:
         assert all(deal_evenly(total, shares, unit))
     sizes = [len(share) for share in deal_evenly(total, shares, unit)]
-    assert max(sizes) - min(sizes) <= max(1, total / shares / 4)
+    assert max(sizes) - min(sizes) <= max(1, total / shares / 2)
 
 
 def test_units_are_kept_where_shares_stay_about_equal() -> None:
