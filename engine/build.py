@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.blocks import BlockPool
@@ -16,6 +17,9 @@ from octavo.engine.core.engine import EngineCore, Process
 from octavo.engine.core.scheduler import Limits, Scheduler
 from octavo.engine.errors import ConfigError
 from octavo.engine.types import EngineInfo
+
+if TYPE_CHECKING:
+    from octavo.engine.runner.fake import FakeRunner
 
 Report = Callable[[str, float], None]
 
@@ -39,17 +43,43 @@ class Phases:
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        seconds = time.perf_counter() - started
+        self.end(name, time.perf_counter() - started)
+
+    def end(self, name: str, seconds: float) -> None:
+        """A phase that ended elsewhere."""
         self.done.append((name, seconds))
         if self._report is not None:
             self._report(name, seconds)
 
 
-def build_engine(config: EngineConfig, report: Report | None = None) -> Engine:
+@dataclass(frozen=True, slots=True)
+class RankOptions:
+    """How the rank processes of a replica are run; of no meaning with one rank, which has no process of its own.
+
+    label: what the replica is called in Ray's dashboard. num_cpus: that Ray reserves for each rank, outside of a
+    placement group. threads: of the CPU for each rank, None = as many as Ray gives it. start_timeout_s: until all are
+    there and call. hang_timeout_s: how long one may give no sign of life. step_timeout_s: longer than any step can be.
+    """
+
+    label: str = ""
+    num_cpus: float = 1.0
+    threads: int | None = None
+    start_timeout_s: float = 120.0
+    hang_timeout_s: float = 4.0
+    step_timeout_s: float = 300.0
+
+
+def build_engine(config: EngineConfig, report: Report | None = None, options: RankOptions | None = None) -> Engine:
     """Build the engine of one replica. `report(phase, seconds)` is called as each phase of the start-up ends.
 
-    Raises ConfigError, in one sentence, if the configuration cannot work.
+    Raises ConfigError, in one sentence, if the configuration cannot work; RankLost if a rank dies on the way.
     """
+    if config.num_ranks > 1:
+        from octavo.engine.process.actors import build_ranks  # imports Ray
+
+        phases = Phases(report)
+        engine = build_ranks(config, phases, options or RankOptions())
+        return replace(engine, info=replace(engine.info, phases=tuple(phases.done)))
     if config.model == "fake":
         return build_fake(config)
     from octavo.engine.runner.build import build_local  # imports torch
@@ -59,11 +89,23 @@ def build_engine(config: EngineConfig, report: Report | None = None) -> Engine:
 
 def build_fake(config: EngineConfig) -> Engine:
     """An engine without a model: FakeRunner and the byte tokenizer's vocabulary. Starts at once, without torch."""
+    info = fake_info(config)
+    return assemble(config, info, fake_runner(info))
+
+
+def fake_runner(info: EngineInfo, stages: int = 1) -> FakeRunner:
+    """One rank of an engine without a model."""
     from octavo.engine.runner.fake import CostModel, FakeRunner
+
+    return FakeRunner(info.num_blocks, info.block_size, cost=CostModel(step_s=0.001), stages=stages)
+
+
+def fake_info(config: EngineConfig) -> EngineInfo:
+    """What an engine without a model is."""
     from octavo.engine.text.byte_tokenizer import ByteTokenizer
 
     tokenizer = ByteTokenizer()
-    info = EngineInfo(
+    return EngineInfo(
         model="fake",
         max_model_len=config.max_model_len or 4096,
         vocab_size=tokenizer.vocab_size,
@@ -73,8 +115,6 @@ def build_fake(config: EngineConfig) -> Engine:
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override or 16384,
     )
-    runner = FakeRunner(info.num_blocks, info.block_size, cost=CostModel(step_s=0.001))
-    return assemble(config, info, runner)
 
 
 def assemble(config: EngineConfig, info: EngineInfo, process: Process) -> Engine:
@@ -101,7 +141,9 @@ def assemble(config: EngineConfig, info: EngineInfo, process: Process) -> Engine
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         scheduling_policy=config.scheduling_policy,
+        stages=config.pipeline_parallel_size,
     )
     scheduler = Scheduler(limits, BlockPool(info.num_blocks, config.enable_prefix_caching))
-    core = EngineCore(scheduler, process, time.monotonic, lag=1 if config.async_scheduling else 0)
-    return Engine(core, info)
+    # A pipeline is full with a step per stage; a single stage plans the next step while one runs.
+    lag = max(1, config.pipeline_parallel_size - 1) if config.async_scheduling else 0
+    return Engine(EngineCore(scheduler, process, time.monotonic, lag), info)

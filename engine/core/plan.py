@@ -57,10 +57,10 @@ class Row:
 class StepPlan:
     """One step, as every rank of the replica executes it, in the order of the fields.
 
-    `released`: slots whose sequence left. `new`: sequences entering slots. `known`: (slot, position, token), tokens that rows of
-    this plan start from and another stage of the pipeline has drawn; none with one stage. `table_edits`: (slot, index, block) sets one
-    block table entry. `copies`: (source, destination) blocks, copied in all layers before the forward (copy-on-write).
-    `rows`: in the order of the policy, at most one per slot; results come back in the same order.
+    `released`: slots whose sequence left. `new`: sequences entering slots. `known`: (slot, position, token) of tokens
+    that another stage of the pipeline drew and the rows start from; none with one stage. `table_edits`: (slot, index,
+    block) sets one block table entry. `copies`: (source, destination) blocks, copied in all layers before the forward
+    (copy-on-write). `rows`: in the order of the policy, at most one per slot; results come back in the same order.
     """
 
     step_id: int

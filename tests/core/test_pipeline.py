@@ -34,7 +34,7 @@ def test_as_many_steps_are_in_flight_as_there_are_stages(stages):
 
 
 def test_rows_take_turns_whatever_is_in_flight():
-    """Without overlap nothing is pending when a step is planned: the policy's order alone would serve the first half."""
+    """Without overlap nothing is pending when a step is planned: by the policy's order the first half would win."""
     core = engine(stages=2, lag=0, max_num_batched_tokens=200)
     for i in range(6):
         core.add(request(f"r{i}", [i + 1] * 5, max_tokens=100, ignore_eos=True))

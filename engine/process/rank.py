@@ -1,0 +1,278 @@
+"""One rank of a replica: what runs in its process, from the call to the driver to the last step.
+
+Knows the channel and what a rank is built of, by two calls. Does not know who started it, nor other ranks.
+
+Two threads: the one that builds the model and executes plans, and the pulse, which tells the driver and the watchdog
+that the process lives, and ends it when the driver is gone. A step that hangs does not stop the pulse; a process that
+is stopped does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from octavo.engine.build import Phases
+from octavo.engine.config import EngineConfig
+from octavo.engine.core.plan import StepPlan
+from octavo.engine.errors import ConfigError, RankLost
+from octavo.engine.parallel.layout import Layout
+from octavo.engine.process import wire
+from octavo.engine.process.channel import ChannelClosed, Line, dial
+from octavo.engine.process.inproc import Executes
+from octavo.engine.process.watchdog import BEAT_S, Watchdog
+from octavo.engine.types import EngineInfo
+
+log = logging.getLogger(__name__)
+
+STARTING_S = 120.0  # that a rank may be silent while it starts: imports and checkpoints can hold the interpreter up
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What a rank needs to know to call the driver and to build its part.
+
+    driver: host and port. token: proves that the rank belongs to this replica. threads: of the CPU, None = torch's
+    default. hang_timeout_s: how long its process may give no sign of life. step_timeout_s: of one collective.
+    """
+
+    rank: int
+    layout: Layout
+    config: EngineConfig
+    driver: tuple[str, int]
+    token: str
+    threads: int | None = None
+    hang_timeout_s: float = 4.0
+    step_timeout_s: float = 300.0
+
+    @property
+    def name(self) -> str:
+        return rank_name(self.rank, self.layout)
+
+
+def rank_name(rank: int, layout: Layout) -> str:
+    """As logs, errors and Ray's dashboard show it: `rank 1/4 (stage 0, tp 1)`."""
+    stage, tp_rank = layout.place(rank)
+    return f"rank {rank}/{layout.size} (stage {stage}, tp {tp_rank})"
+
+
+class Part(Protocol):
+    """A rank's part of the engine, loaded."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """num_blocks and max_model_len: what this rank alone would have room for."""
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> Executes:
+        """The KV pool, and with it the runner."""
+
+    def close(self) -> None:
+        """Cut the connections to other ranks. From any thread."""
+
+
+class Meeting(Protocol):
+    """Where the ranks' collectives find one another, kept by rank 0."""
+
+    @property
+    def address(self) -> tuple[str, int]: ...
+
+
+class Builder(Protocol):
+    """How a rank gets its part."""
+
+    def host(self, address: str, spec: RankSpec) -> Meeting: ...
+    def build(self, spec: RankSpec, begin: wire.Begin, phases: Phases) -> Part: ...
+
+
+End = Callable[[int], object]
+
+
+def run_rank(spec: RankSpec, node: str, end: End = os._exit, watched: bool = True) -> None:
+    """Be the rank, until the driver says stop or is gone. node: where this is, in the driver's terms.
+
+    end: called, with an exit code, when the driver is gone: nothing else could stop a step that hangs. watched: start a
+    Watchdog for this process.
+    """
+    line = dial(spec.driver, wire.Hello(spec.token, spec.rank, os.getpid(), node))
+    pulse = Pulse(line, spec.hang_timeout_s, end, watched)
+    pulse.start()
+    try:
+        _live(spec, line, pulse)
+    except ChannelClosed:
+        end(1)
+    except Exception as error:
+        log.error("%s ends: %s", spec.name, error, exc_info=not isinstance(error, (ConfigError, RankLost)))
+        _report(line, error)
+    finally:
+        pulse.stop()
+        line.close()
+
+
+def _live(spec: RankSpec, line: Line, pulse: Pulse) -> None:
+    phases = Phases(lambda name, seconds: line.send(wire.Phase(name, seconds)))
+    builder = _builder(spec.config, phases)
+    message = line.receive()
+    if isinstance(message, wire.Host):
+        meeting = builder.host(line.own_address, spec)  # lives as long as this frame
+        line.send(wire.Hosting(*meeting.address))
+        message = line.receive()
+    if isinstance(message, wire.Stop):
+        return
+    assert isinstance(message, wire.Begin), message
+    part = builder.build(spec, message, phases)
+    try:
+        line.send(wire.Built(part.info))
+        message = line.receive()
+        if isinstance(message, wire.Stop):
+            return
+        assert isinstance(message, wire.Allocate), message
+        with phases.phase("KV cache"):
+            runner = part.allocate(message.num_blocks, message.max_model_len)
+        pulse.ready()
+        line.send(wire.Ready())
+        stage, tp_rank = spec.layout.place(spec.rank)
+        _execute_plans(line, pulse, runner, answers=stage == spec.layout.pp - 1 and tp_rank == 0)
+    finally:
+        part.close()
+
+
+def _execute_plans(line: Line, pulse: Pulse, runner: Executes, answers: bool) -> None:
+    """Until Stop. answers: this rank's results are the replica's; the others' are known to be the same, or empty."""
+    while isinstance(message := line.receive(), wire.Step):
+        pulse.begin_step()
+        result = runner.execute(message.plan)
+        pulse.end_step()
+        if answers:
+            line.send(wire.Done(result))
+
+
+def _report(line: Line, error: Exception) -> None:
+    """Tell the driver why, and wait until it has heard: then it ends this process."""
+    kind: Literal["config", "lost", "error"] = "error"
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, (ConfigError, RankLost)):
+        kind, message = ("config" if isinstance(error, ConfigError) else "lost"), str(error)
+    try:
+        line.send(wire.Failed(kind, message))
+        while not isinstance(line.receive(), wire.Stop):
+            pass
+    except ChannelClosed:
+        return
+
+
+def _builder(config: EngineConfig, phases: Phases) -> Builder:
+    if config.model == "fake":
+        return FakeBuilder()
+    with phases.phase("import torch"):
+        from octavo.engine.runner.build import RankBuilder
+    return RankBuilder()
+
+
+class Pulse:
+    """The rank's sign of life, from a thread of its own."""
+
+    def __init__(self, line: Line, hang_timeout_s: float, end: End, watched: bool) -> None:
+        self._line, self._end, self._hang_timeout_s = line, end, hang_timeout_s
+        self._watchdog = Watchdog(STARTING_S) if watched else None
+        self._worker = threading.get_ident()
+        self._steps, self._began = 0, 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="octavo-pulse", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ready(self) -> None:
+        """The rank has started: from now on silence counts. The driver should notice it first, and say so."""
+        if self._watchdog is not None:
+            self._watchdog.allow(self._hang_timeout_s + 1)
+
+    def begin_step(self) -> None:
+        self._began = time.monotonic()
+
+    def end_step(self) -> None:
+        self._began = 0.0
+        self._steps += 1
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._watchdog is not None:
+            self._thread.join()
+            self._watchdog.close()
+
+    def _run(self) -> None:
+        gone = select.poll()
+        gone.register(self._line.socket, getattr(select, "POLLRDHUP", select.POLLHUP) | select.POLLHUP | select.POLLERR)
+        while not self._stopping.is_set():
+            try:
+                self._line.send(self._beat())
+            except ChannelClosed:
+                break
+            if self._watchdog is not None:
+                self._watchdog.beat()
+            if gone.poll(BEAT_S * 1000):
+                break
+        if not self._stopping.is_set():
+            self._end(1)
+
+    def _beat(self) -> wire.Beat:
+        began = self._began
+        busy_s = time.monotonic() - began if began else 0.0
+        return wire.Beat(self._steps, busy_s, busy_s > 1.0 and self._waits())
+
+    def _waits(self) -> bool:
+        """Whether the worker stands in a call to other ranks."""
+        frame = sys._current_frames().get(self._worker)
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "octavo.engine.parallel.connect":
+                return True
+            frame = frame.f_back
+        return False
+
+
+class FakeBuilder:
+    """Ranks without a model: each executes every plan on a FakeRunner. No torch, no collectives."""
+
+    @dataclass(frozen=True, slots=True)
+    class Nowhere:
+        address: tuple[str, int] = ("", 0)
+
+    def host(self, address: str, spec: RankSpec) -> Meeting:
+        return self.Nowhere()
+
+    def build(self, spec: RankSpec, begin: wire.Begin, phases: Phases) -> Part:
+        return FakePart(spec)
+
+
+class FakePart:
+    def __init__(self, spec: RankSpec) -> None:
+        from octavo.engine.build import fake_info
+
+        self._spec, self.info = spec, fake_info(spec.config)
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> Executes:
+        from octavo.engine.build import fake_runner
+
+        return _Paced(fake_runner(self.info, self._spec.layout.pp))
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class _Paced:
+    """Takes as long for a step as the fake says it does."""
+
+    def __init__(self, runner: Executes) -> None:
+        self._runner = runner
+
+    def execute(self, plan: StepPlan) -> wire.StepResult:
+        result = self._runner.execute(plan)
+        time.sleep(result.seconds)
+        return result
