@@ -6,6 +6,7 @@ Knows replica ids, their load, their blocks (BlockIndex) and a policy. Does not 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,9 @@ PLENTY_OF_KV = 0.8
 MAX_PRESSURE = 2.0
 # Looked-up tokens over which a replica's hit rate is averaged.
 HIT_RATE_TOKENS = 16384
+# Of a request that is on its way, so many leading blocks count as held where it was placed: a burst of requests with one
+# new beginning then computes it once.
+MAX_COMING = 256
 # A replica not heard of for so long comes after all others.
 STALE_S = 5.0
 
@@ -40,6 +44,7 @@ class Placing:
     avoid: frozenset[str] = frozenset()
     replica: str | None = None  # where it was placed; None before and once its first token is there
     predicted: int = 0  # tokens it should find cached there
+    num_coming: int = 0  # leading blocks that count as held there, for its sake
     tried: set[str] = field(default_factory=set)
 
 
@@ -61,6 +66,7 @@ class Fleet:
 
     def __init__(self, policy: Policy, max_index_blocks: int, metrics: RoutingMetrics | None = None) -> None:
         self.index = BlockIndex(max_index_blocks)
+        self._coming = BlockIndex(max_index_blocks)  # blocks that requests on their way will have computed
         self.metrics = metrics or RoutingMetrics()
         self._policy = policy
         self._members: dict[str, _Member] = {}
@@ -80,6 +86,7 @@ class Fleet:
             for gone in self._members.keys() - replicas.keys():
                 del self._members[gone]
                 self.index.drop(gone)
+                self._coming.drop(gone)
             for replica, is_local in replicas.items():
                 member = self._members.setdefault(replica, _Member(Load(replica)))
                 member.load.is_local = is_local
@@ -130,7 +137,7 @@ class Fleet:
 
     def sweep(self) -> Iterator[None]:
         """Tidy the index; each step takes about a millisecond, and decisions may be made between them."""
-        steps = self.index.sweep()
+        steps = itertools.chain(self.index.sweep(), self._coming.sweep())
         while True:
             with self._lock:
                 if next(steps, self) is self:
@@ -149,10 +156,8 @@ class Fleet:
             if placing.replica is not None:
                 placing.tried.add(placing.replica)
                 self._unplace(placing)
-            chain, hits = placing.chain, {}
-            if self._policy.wants_hits:
-                size = chain.block_size
-                hits = {replica: count * size for replica, count in self.index.match(chain).items()}
+            chain = placing.chain
+            hits = self._hits(chain) if self._policy.wants_hits else {}
             ranked = self._policy.choose(self._usable, placing.num_tokens, hits)
             if placing.session is not None:
                 ranked = keep_session(ranked, placing.session)
@@ -163,9 +168,9 @@ class Fleet:
             if ranked:
                 self._place_with(placing, ranked[0].replica, hits)
         self.metrics.decided(time.perf_counter() - begin)
-        if placing.predicted:
+        if self._policy.wants_hits:
             with self._lock:
-                self.index.touch(chain, placing.predicted // chain.block_size)
+                self._expect(placing)
         return [load.replica for load in ranked]
 
     def moved(self, placing: Placing, replica: str) -> None:
@@ -187,6 +192,24 @@ class Fleet:
         with self._lock:
             self._unplace(placing)
 
+    def _hits(self, chain: Chain) -> dict[str, int]:
+        """Tokens of the prompt that each replica has cached, or will have by the time that a new request is computed."""
+        counts = self.index.match(chain)
+        if len(self._coming):
+            for replica, count in self._coming.match(chain).items():
+                if count > counts.get(replica, 0):
+                    counts[replica] = count
+        return {replica: count * chain.block_size for replica, count in counts.items()}
+
+    def _expect(self, placing: Placing) -> None:
+        """After the decision: remember what the request uses, and what it will bring."""
+        chain = placing.chain
+        num_held = placing.predicted // chain.block_size
+        self.index.touch(chain, num_held)
+        if placing.replica is not None and num_held < MAX_COMING:
+            placing.num_coming = min(len(chain), MAX_COMING)
+            self._coming.store(placing.replica, chain.names(placing.num_coming)[: placing.num_coming])
+
     def _place_with(self, placing: Placing, replica: str, hits: Mapping[str, int]) -> None:
         placing.replica, placing.predicted = replica, hits.get(replica, 0)
         member = self._members.get(replica)
@@ -197,7 +220,8 @@ class Fleet:
         if placing.replica is None:
             return
         member = self._members.get(placing.replica)
-        placing.replica = None
+        self._coming.evict(placing.replica, placing.chain.names(placing.num_coming)[: placing.num_coming])
+        placing.replica, placing.num_coming = None, 0
         if member is not None and member.own_requests:
             self._count(member, placing, -1)
 
