@@ -8,6 +8,7 @@ AssertionError, not as noise.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.params import SamplingParams
-from octavo.engine.types import TokenLogprobs
+from octavo.engine.types import RankStatus, TokenLogprobs
 
 _MASK = (1 << 64) - 1
 
@@ -111,6 +112,9 @@ class FakeRunner:
 
     def check(self) -> None:
         """Nothing can be lost."""
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        return (RankStatus(rank=0, stage=0, tp_rank=0, pid=os.getpid()),)
 
     def close(self) -> None:
         self._slots.clear()
