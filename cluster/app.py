@@ -27,11 +27,14 @@ from ray.serve.schema import LoggingConfig
 from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
-from octavo.cluster.replica import EngineReplica, OnDeltas
+from octavo.cluster.replica import EngineReplica, Host, OnDeltas
 from octavo.cluster.routing.client import ServeEngineClient
+from octavo.cluster.routing.failover import FailoverClient
+from octavo.cluster.serve_host import drain_flag, end_process, note_broken
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
+from octavo.engine.process.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from octavo.cluster.ingress.service import Service
@@ -63,9 +66,15 @@ class EngineHost(EngineReplica):
         def start(on_deltas: OnDeltas) -> EngineLoop:
             return EngineLoop(engine.core, on_deltas)
 
-        super().__init__(replica_id, info, start, model.step_timeout_s)
+        host = Host(drain_flag(), model.drain_timeout_s, end_process)
+        super().__init__(replica_id, info, start, model.step_timeout_s, host)
+        await self.first_token()
+        self._watchdog = Watchdog(model.hang_timeout_s)
+        self._watchdog.start()
 
     async def __del__(self) -> None:
+        if hasattr(self, "_watchdog"):
+            self._watchdog.close()
         if hasattr(self, "_loop"):
             await self.close()
 
@@ -78,7 +87,7 @@ class IngressHost:
         show_logs(config.log_level)
         self._config = config
         self._engines = engines
-        self._receiver = TokenReceiver()
+        self._receiver = TokenReceiver(note_broken)
 
     async def __serve_build_asgi_app__(self) -> Any:
         from octavo.cluster.ingress.app import create_app
@@ -96,7 +105,8 @@ class IngressHost:
 
         client = ServeEngineClient(engine, self._receiver)
         name, tokenizer = await asyncio.to_thread(load_text, model.engine)
-        return Service(ingress_settings(self._config, model, name), client, tokenizer)
+        lasting = FailoverClient(client, model.routing.failover_timeout_s)
+        return Service(ingress_settings(self._config, model, name), lasting, tokenizer)
 
 
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
@@ -140,8 +150,10 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         max_queued_requests=MAX_WAITING_FOR_REPLICA,
         graceful_shutdown_timeout_s=model.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5,
-        health_check_timeout_s=30,
+        # A look finds a process that has ended; what is to be found in it, it finds itself. So looks are frequent, and
+        # an answer that is late under load means nothing.
+        health_check_period_s=1,
+        health_check_timeout_s=60,
         max_constructor_retry_count=3,
         logging_config=LOGS,
     )(EngineHost).bind(model, log_level)

@@ -9,6 +9,7 @@ from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.build import assemble
 from octavo.engine.config import EngineConfig
+from octavo.engine.errors import RankLost
 from octavo.engine.loop import EngineLoop
 from octavo.engine.params import SamplingParams
 from octavo.engine.runner.fake import CostModel, FakeRunner
@@ -114,3 +115,16 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.01)
+
+
+def fragile(host: type) -> type:
+    """The Serve deployment's class with a way to break its engine."""
+
+    class EngineHost(host):
+        def break_engine(self) -> None:
+            def launch(plan):
+                raise RankLost("Rank 3 on node 10.0.0.3 was killed (signal 9).")
+
+            self._loop.core.process.launch = launch
+
+    return EngineHost
