@@ -143,6 +143,18 @@ class SamplingState:
             uniforms=self._uniforms.take(at, self._seeds[at], rows.positions[which]),
         )
 
+    def top_k(self, rows: Rows) -> Ints:
+        """[R]: the most likely tokens a row is drawn from; the vocabulary size = all."""
+        return self._top_k[rows.slots]
+
+    def edits(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """[R]: masks, bias or penalties may change the row's logits in this step."""
+        kept = (self.allowed, self.bad_words, self.bias, self.penalties)
+        found = np.array([any(slot in each for each in kept) for slot in rows.slots.tolist()], np.bool_)
+        if self.stops:
+            found |= np.array([slot in self.stops for slot in rows.slots.tolist()]) & self.below_min_tokens(rows)
+        return found
+
     def below_min_tokens(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """[R]: the row has not yet put out its min_tokens."""
         return rows.num_output < self._min_tokens[rows.slots]
