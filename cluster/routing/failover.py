@@ -77,7 +77,9 @@ class FailoverClient:
                     async for delta in deltas:
                         search.brought(len(delta.token_ids))
                         yield progress.take(delta)
-                return
+                        if progress.is_complete:
+                            return
+                raise ReplicaLost("The replica ended the request early.")
             except ReplicaLost as error:
                 search.lost(error)
                 self.resumptions += 1
@@ -97,6 +99,10 @@ class _Progress:
         self._request = request
         self._tokens = {wanted.index: list(wanted.token_ids) for wanted in request.sequences}  # of those unfinished
         self._num_cached: dict[int, int] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._tokens
 
     @property
     def num_tokens(self) -> int:
