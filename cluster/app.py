@@ -21,15 +21,19 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
+from octavo.cluster.observability.routing import RoutingMetrics
 from octavo.cluster.replica import EngineReplica, Host, OnDeltas
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.routing.failover import FailoverClient
+from octavo.cluster.routing.fleet import Fleet
+from octavo.cluster.routing.policies import make_policy
 from octavo.cluster.serve_host import drain_flag, end_process, note_broken
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.config import EngineConfig
@@ -46,6 +50,7 @@ INGRESS = "ingress"
 MAX_ONGOING = 1 << 16
 # Requests that may wait in an ingress for a replica to be there at all.
 MAX_WAITING_FOR_REPLICA = 1024
+ROUTER = "octavo.cluster.routing.router.OctavoRequestRouter"
 # Of Serve's own; ours say more.
 LOGS = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -103,10 +108,14 @@ class IngressHost:
     async def _service(self, model: ModelConfig, engine: DeploymentHandle[Any]) -> Service:
         from octavo.cluster.ingress.service import Service
 
-        client = ServeEngineClient(engine, self._receiver)
         name, tokenizer = await asyncio.to_thread(load_text, model.engine)
+        settings = ingress_settings(self._config, model, name)
+        metrics = RoutingMetrics(settings.served_model_names[0])
+        fleet = Fleet(make_policy(model.routing.policy), model.routing.max_index_blocks, metrics)
+        client = ServeEngineClient(engine, self._receiver, fleet)
+        client.start()
         lasting = FailoverClient(client, model.routing.failover_timeout_s)
-        return Service(ingress_settings(self._config, model, name), lasting, tokenizer)
+        return Service(settings, lasting, tokenizer, (metrics.registry,))
 
 
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
@@ -130,6 +139,7 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
     """The deployment of one model's replicas. With several ranks, each gets a bundle of the replica's placement group,
     and the replica itself, which only drives them, sits in the first.
     """
+    make_policy(model.routing.policy)  # one that cannot be made is refused here, before any process is started
     per_rank = {"CPU": model.num_cpus, "GPU": float(_num_gpus(model.engine))}
     if model.engine.num_ranks > 1:
         bundle = {name: amount for name, amount in per_rank.items() if amount}
@@ -148,6 +158,7 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         **placement,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_WAITING_FOR_REPLICA,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         graceful_shutdown_timeout_s=model.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         # A look finds a process that has ended; what is to be found in it, it finds itself. So looks are frequent, and
@@ -187,6 +198,7 @@ def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) ->
         chat_template=_chat_template(model.chat_template),
         trust_request_chat_template=config.trust_request_chat_template,
         allowed_origins=config.allowed_origins,
+        session_header=model.routing.session_header,
     )
 
 

@@ -38,6 +38,7 @@ class Visit:
 
     request_id: str
     arrival_time: float  # monotonic seconds
+    headers: Headers = field(default_factory=Headers)
     record: AccessRecord = field(default_factory=AccessRecord)
 
 
@@ -54,7 +55,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        visit = Visit(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, time.monotonic())
+        visit = Visit(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, time.monotonic(), headers)
         scope["octavo.visit"] = visit
         status = 0
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
+from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
 from octavo.cluster.ingress.answers import Dialect, Places, StreamedAnswer, WholeAnswer
@@ -38,15 +39,22 @@ _KNOWN_UNKNOWN_FIELDS = 1000  # names remembered, so that a client which invents
 
 
 class Service:
-    """One model behind one ingress. Lives on one event loop."""
+    """One model behind one ingress. Lives on one event loop. `registries`: what else its metrics show."""
 
-    def __init__(self, settings: IngressSettings, client: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        settings: IngressSettings,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        registries: Sequence[CollectorRegistry] = (),
+    ) -> None:
         self.settings = settings
         self.client = client
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
         self.prompts = PromptMaker(settings, tokenizer)
         self.places = Places(settings.max_ongoing_requests)
+        self._registries = registries
         self._info: EngineInfo | None = None
         self._metrics: IngressMetrics | None = None
         self._reported: set[str] = set()
@@ -60,7 +68,7 @@ class Service:
     async def metrics(self) -> IngressMetrics:
         info = await self.info()
         if self._metrics is None:
-            self._metrics = IngressMetrics(self.settings.served_model_names[0], info.max_model_len)
+            self._metrics = IngressMetrics(self.settings.served_model_names[0], info.max_model_len, self._registries)
         return self._metrics
 
     async def stats(self) -> list[EngineStats]:
@@ -176,6 +184,7 @@ class Service:
                     priority=body.priority or 0,
                     cache_salt=body.cache_salt,
                     arrival_time=visit.arrival_time,
+                    session_id=visit.headers.get(self.settings.session_header),
                     bad_words_token_ids=bad_words_token_ids(self.tokenizer, params.bad_words)
                     if params.bad_words
                     else (),

@@ -27,6 +27,7 @@ class IngressSettings:
     chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own;
         off by default, as in vLLM, since a template is a program that can take any time.
     allowed_origins: browser origins that may call (CORS); empty = none.
+    session_header: requests with the same value of this header should stay on one replica; empty = none does that.
     tokenize_in_thread_chars: texts longer than this are tokenized beside the event loop, not on it.
     """
 
@@ -44,6 +45,7 @@ class IngressSettings:
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     allowed_origins: tuple[str, ...] = ("*",)
+    session_header: str = "x-session-id"
     tokenize_in_thread_chars: int = 8192
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -49,10 +50,14 @@ class Finished:
 
 
 class IngressMetrics:
-    """Counts what passes through one ingress. Not thread-safe beyond what prometheus_client is."""
+    """Counts what passes through one ingress. Not thread-safe beyond what prometheus_client is.
 
-    def __init__(self, model_name: str, max_model_len: int) -> None:
+    `others`: registries of parts of the ingress that count for themselves; shown with the rest.
+    """
+
+    def __init__(self, model_name: str, max_model_len: int, others: Sequence[CollectorRegistry] = ()) -> None:
         self.registry = CollectorRegistry()
+        self._registries = (self.registry, *others)
         self._model_name = model_name
         lengths = token_buckets(max_model_len)
         self._success = self._counter("request_success", "Finished requests, by reason.", "finished_reason")
@@ -101,7 +106,7 @@ class IngressMetrics:
 
     def collect(self, engines: Sequence[EngineStats]) -> Iterator[Metric]:
         """All metrics; `engines` is a snapshot of each replica."""
-        for metric in self.registry.collect():
+        for metric in chain.from_iterable(registry.collect() for registry in self._registries):
             metric.samples = [
                 sample._replace(labels={**sample.labels, "ingress": INGRESS}) for sample in metric.samples
             ]
