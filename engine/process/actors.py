@@ -61,7 +61,8 @@ class RankActor:
         return self._name
 
     def run(self, spec: RankSpec) -> None:
-        run_rank(spec, _own_node())
+        gpus = ray.get_gpu_ids()
+        run_rank(spec, _own_node(), int(gpus[0]) if gpus else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,30 +77,28 @@ class Part(Protocol):
         """Cut the connections to other ranks. From any thread."""
 
 
-class Meeting(Protocol):
-    """Where the ranks' collectives find one another, kept by rank 0."""
-
-    @property
-    def address(self) -> tuple[str, int]: ...
-
-
 class Builder(Protocol):
     """How a rank gets its part."""
 
-    def host(self, address: str, spec: RankSpec) -> Meeting: ...
-    def build(self, spec: RankSpec, begin: wire.Begin, phases: Phases) -> Part: ...
+    def host(self, address: str, spec: RankSpec) -> tuple[str, int]:
+        """On rank 0: make a place where the ranks' collectives find one another, at `address` of this node, that lasts
+        as long as the builder. Returns host and port."""
+
+    def build(self, spec: RankSpec, begin: wire.Begin, phases: Phases) -> Part:
+        """Connect to the other ranks and load this one's weights. Raises ConfigError, RankLost."""
 
 
 End = Callable[[int], object]
 
 
-def run_rank(spec: RankSpec, node: str, end: End = os._exit, watched: bool = True) -> None:
-    """Be the rank, until the driver says stop or is gone. node: where this is, in the driver's terms.
+def run_rank(spec: RankSpec, node: str, gpu: int | None = None, end: End = os._exit, watched: bool = True) -> None:
+    """Be the rank, until the driver says stop or is gone. node: where this is, in the driver's terms. gpu: the number
+    of its GPU on that node.
 
     end: called, with an exit code, when the driver is gone: nothing else could stop a step that hangs. watched: start a
     Watchdog for this process.
     """
-    line = dial(spec.driver, wire.Hello(spec.token, spec.rank, os.getpid(), node))
+    line = dial(spec.driver, wire.Hello(spec.token, spec.rank, os.getpid(), node, gpu))
     pulse = Pulse(line, spec.hang_timeout_s, end, watched)
     pulse.start()
     try:
@@ -120,8 +118,7 @@ def _live(spec: RankSpec, line: Line, pulse: Pulse) -> None:
     builder = _builder(spec.config, phases)
     message = line.receive()
     if isinstance(message, wire.Host):
-        meeting = builder.host(line.own_address, spec)  # lives as long as this frame
-        line.send(wire.Hosting(*meeting.address))
+        line.send(wire.Hosting(*builder.host(line.own_address, spec)))
         message = line.receive()
     if isinstance(message, wire.Stop):
         return
@@ -240,12 +237,8 @@ class Pulse:
 class FakeBuilder:
     """Ranks without a model: each executes every plan on a FakeRunner. No torch, no collectives."""
 
-    @dataclass(frozen=True, slots=True)
-    class Nowhere:
-        address: tuple[str, int] = ("", 0)
-
-    def host(self, address: str, spec: RankSpec) -> Meeting:
-        return self.Nowhere()
+    def host(self, address: str, spec: RankSpec) -> tuple[str, int]:
+        return address, 0
 
     def build(self, spec: RankSpec, begin: wire.Begin, phases: Phases) -> Part:
         return FakePart(spec)

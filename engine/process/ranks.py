@@ -26,7 +26,7 @@ from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
 from octavo.engine.process.channel import Hub
 from octavo.engine.process.rank import STARTING_S, RankSpec, rank_name
-from octavo.engine.types import EngineInfo
+from octavo.engine.types import EngineInfo, RankStatus
 
 log = logging.getLogger(__name__)
 M = TypeVar("M")
@@ -81,6 +81,7 @@ class _Rank:
     name: str
     pid: int = 0
     node: str = ""
+    gpu: int | None = None
     seen: float = 0.0
     beat: wire.Beat = _NO_BEAT
     failed: wire.Failed | None = None
@@ -167,6 +168,13 @@ class Ranks:
     def check(self) -> None:
         with self._lock:
             self._look(0.0)
+
+    def ranks(self) -> tuple[RankStatus, ...]:
+        now = time.monotonic()
+        return tuple(
+            RankStatus(i, *self._layout.place(i), rank.pid, rank.node, rank.gpu, max(0.0, now - rank.seen))
+            for i, rank in enumerate(self._ranks)
+        )
 
     def close(self) -> None:
         with self._lock:
@@ -264,7 +272,7 @@ class Ranks:
                 if rank.failed is None:
                     faults.append(_Fault(0, number, "its process ended"))
             elif isinstance(message, wire.Hello):
-                rank.pid, rank.node = message.pid, message.node
+                rank.pid, rank.node, rank.gpu = message.pid, message.node, message.gpu
             elif isinstance(message, wire.Failed):
                 rank.failed = message
                 faults.append(_Fault(2 if message.kind == "lost" else 1, number, message.message))

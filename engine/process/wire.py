@@ -54,6 +54,7 @@ class Hello(_Message, frozen=True, array_like=True, tag=True):
     rank: int
     pid: int
     node: str
+    gpu: int | None = None
 
 
 class Hosting(_Message, frozen=True, array_like=True, tag=True):

@@ -20,13 +20,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step's inputs. input_ids, positions: [T] int64.
+    """A step's inputs. x: what the model starts from, token ids [T] int64; on later stages of a pipeline, hidden states
+    [T, M]. positions: [T] int64.
 
     Of its rows, on the host, [R] int64: slots; last, index in T of the row's last token; ends, the position after that
     one, where a token that is drawn goes.
     """
 
-    input_ids: torch.Tensor
+    x: torch.Tensor
     positions: torch.Tensor
     attention: AttentionBatch
     slots: Ints
@@ -49,11 +50,14 @@ class Buffers:
         self.tokens = torch.from_numpy(self._tokens)
 
     def apply(self, plan: StepPlan) -> None:
-        """Take over what the plan says of sequences entering slots and of block tables."""
+        """Take over what the plan says of sequences entering slots, of tokens drawn elsewhere and of block tables."""
         for new in plan.new:
             self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
             self._tables[new.slot, : len(new.blocks)] = new.blocks
             self._num_prompt[new.slot] = new.num_prompt
+        if plan.known:
+            slots, positions, tokens = np.array(plan.known, dtype=np.int64).T
+            self._tokens[slots, positions] = tokens
         if plan.table_edits:
             slots, indices, blocks = np.array(plan.table_edits, dtype=np.int64).T
             self._tables[slots, indices] = blocks
@@ -85,7 +89,7 @@ class Buffers:
             return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
         return StepInputs(
-            input_ids=send(self._tokens[slot_of, positions].astype(np.int64)),
+            x=send(self._tokens[slot_of, positions].astype(np.int64)),
             positions=send(positions),
             attention=AttentionBatch(
                 block_tables=send(self._tables[slots, :width]),

@@ -1,13 +1,14 @@
-"""Builds the engine of one rank in this process: checkpoint → model → KV pool → runner → scheduler.
+"""Builds a rank in this process: checkpoint → its part of the model → KV pool → runner; and an engine of one rank.
 
-The torch half of octavo.engine.build, which is the door.
+The torch half of octavo.engine.build, which is the door. In two steps, since ranks must agree on the number of KV
+blocks: `build_part` loads the weights and says how many fit, `Part.allocate` takes as many as are to be had everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,19 +18,25 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.core.plan import Row
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
+from octavo.engine.layers.decoder import CausalLM
 from octavo.engine.loader.assign import init_dummy, load_weights
 from octavo.engine.loader.checkpoint import open_checkpoint
 from octavo.engine.loader.source import resolve_model
 from octavo.engine.models.registry import build_model, max_model_len
+from octavo.engine.parallel.connect import HostedRendezvous, Rendezvous, connect
 from octavo.engine.parallel.mesh import Mesh
 from octavo.engine.process.inproc import InProcess, rank_thread
+from octavo.engine.process.rank import STARTING_S, RankSpec
+from octavo.engine.process.wire import Begin
 from octavo.engine.quant.gather import matrices
 from octavo.engine.quant.methods import choose_methods
 from octavo.engine.quant.scheme import read_scheme
 from octavo.engine.runner.buffers import Buffers
+from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
-from octavo.engine.runner.runner import Model, Runner
+from octavo.engine.runner.runner import Runner
 from octavo.engine.runner.sampling_state import SamplingState
+from octavo.engine.runner.stage import Stage
 from octavo.engine.types import EngineInfo, GenerationDefaults
 from octavo.kernels import ops as kernel_ops
 
@@ -37,8 +44,18 @@ from octavo.kernels import ops as kernel_ops
 def build_local(config: EngineConfig, phases: Phases) -> Engine:
     """Build everything in this process. Raises ConfigError."""
     thread = rank_thread()
+
+    def build() -> tuple[Runner, EngineInfo]:
+        part = build_part(config, Mesh(), phases)
+        with phases.phase("KV cache"):
+            info = part.info
+            if config.max_model_len is None:
+                length = min(info.max_model_len, info.num_blocks * info.block_size)
+                info = replace(info, max_model_len=length)
+            return part.allocate(info.num_blocks, info.max_model_len), info
+
     try:
-        runner, info = thread.submit(_build_rank, config, phases).result()
+        runner, info = thread.submit(build).result()
         engine = assemble(config, info, InProcess(thread, runner))
     except BaseException:
         thread.shutdown(wait=False)
@@ -46,7 +63,58 @@ def build_local(config: EngineConfig, phases: Phases) -> Engine:
     return replace(engine, info=replace(info, phases=tuple(phases.done)))
 
 
-def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInfo]:
+class RankBuilder:
+    """How a rank process gets its part (see octavo.engine.process.rank)."""
+
+    def host(self, address: str, spec: RankSpec) -> tuple[str, int]:
+        self._hosted = HostedRendezvous(address, STARTING_S, spec.step_timeout_s)  # lives as long as this builder
+        return self._hosted.rendezvous.host, self._hosted.rendezvous.port
+
+    def build(self, spec: RankSpec, begin: Begin, phases: Phases) -> Part:
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        with phases.phase("connect ranks"):
+            rendezvous = begin.rendezvous and Rendezvous(*begin.rendezvous, STARTING_S, spec.step_timeout_s)
+            mesh = connect(spec.layout, spec.rank, rendezvous, pick_device(spec.config.device))
+        return build_part(spec.config, mesh, phases, begin.ranks_on_node)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rank's part of the engine, its weights loaded. info: of an engine that this rank had to hold alone."""
+
+    info: EngineInfo
+    config: EngineConfig
+    model: CausalLM
+    context: BuildContext
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> Runner:
+        """The KV pool and the buffers, and the runner that uses them."""
+        config, context, model = self.config, self.context, self.model
+        pool = KVPool.allocate(model.kv_specs(), num_blocks, config.block_size, context.device)
+        buffers = Buffers(config.max_num_seqs, max_model_len, config.block_size)
+        sampling = SamplingState(config.max_num_seqs, max_model_len, self.info.vocab_size, context.device)
+        stage = Stage(context.mesh.pp, model.width, context.dtype, context.device)
+        graphs = StepGraphs(
+            model,
+            pool.caches,
+            context.ops,
+            buffers.max_num_seqs,
+            buffers.table_width,
+            hidden=None if stage.is_first else (model.width, context.dtype),
+            collective=context.mesh.tp.size > 1,
+        )
+        return Runner(model, pool, context.ops, buffers, sampling, context.device, stage, graphs)
+
+    def close(self) -> None:
+        self.context.mesh.close()
+
+
+def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: int = 1) -> Part:
+    """Build this rank's part of the model and load its weights. Raises ConfigError, as far as possible before loading.
+
+    ranks_on_node: of the replica, that share this machine's memory.
+    """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     with phases.phase("find model"):
@@ -59,7 +127,7 @@ def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInf
         stored = "gguf" if source.kind == "gguf" else scheme.method if scheme else None
         methods = choose_methods(config.quantization, config.quantize_lm_head, stored, ops)
         context = BuildContext(
-            mesh=Mesh(),
+            mesh=mesh,
             ops=ops,
             dtype=dtype,
             device=device,
@@ -76,28 +144,27 @@ def _build_rank(config: EngineConfig, phases: Phases) -> tuple[Runner, EngineInf
         else:
             tensors = checkpoint.tensors()
             load_weights(model, tensors if scheme is None else matrices(tensors, scheme))
-    with phases.phase("KV cache"):
-        specs = model.kv_specs()
-        num_blocks = plan_num_blocks(config, specs, length, device, _step_bytes(config, model, length, device))
-        if config.max_model_len is None:
-            length = min(length, num_blocks * config.block_size)
-        info = EngineInfo(
-            model=source.name,
-            max_model_len=length,
-            vocab_size=checkpoint.config.vocab_size,
-            eos_token_ids=checkpoint.eos_token_ids,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
-            block_size=config.block_size,
-            num_blocks=num_blocks,
-            generation_defaults=checkpoint.generation_defaults or GenerationDefaults(),
-            quantization=methods.name,
-            batch_invariant=ops.batch_invariant,
-        )
-        pool = KVPool.allocate(specs, num_blocks, config.block_size, device)
-        buffers = Buffers(config.max_num_seqs, length, config.block_size)
-        sampling = SamplingState(config.max_num_seqs, length, info.vocab_size, device)
-    return Runner(model, pool, ops, buffers, sampling, device), info
+    info = EngineInfo(
+        model=source.name,
+        max_model_len=length,
+        vocab_size=checkpoint.config.vocab_size,
+        eos_token_ids=checkpoint.eos_token_ids,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        block_size=config.block_size,
+        num_blocks=_num_blocks(config, model, context, ranks_on_node),
+        generation_defaults=checkpoint.generation_defaults or GenerationDefaults(),
+        quantization=methods.name,
+        batch_invariant=ops.batch_invariant,
+    )
+    return Part(info, config, model, context)
+
+
+def _num_blocks(config: EngineConfig, model: CausalLM, context: BuildContext, ranks_on_node: int) -> int:
+    """KV blocks that fit on this rank."""
+    reserved = _step_bytes(config, model, context)
+    length = context.num_positions
+    return plan_num_blocks(config, model.kv_specs(), length, context.device, reserved, ranks_on_node)
 
 
 def pick_device(name: str) -> torch.device:
@@ -166,11 +233,12 @@ def _context_length(config: EngineConfig, of_model: int) -> int:
     return config.max_model_len
 
 
-def _step_bytes(config: EngineConfig, model: Model, length: int, device: torch.device) -> int:
+def _step_bytes(config: EngineConfig, model: CausalLM, context: BuildContext) -> int:
     """Device memory a step of the full token budget needs for activations, by running one. 0 on CPU."""
+    device, length = context.device, context.num_positions
     if device.type != "cuda":
         return 0
-    tokens = config.max_num_batched_tokens
+    tokens, pp = config.max_num_batched_tokens, context.mesh.pp
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     specs = model.kv_specs()
@@ -179,8 +247,10 @@ def _step_bytes(config: EngineConfig, model: Model, length: int, device: torch.d
     buffers = Buffers(len(widths), length, config.block_size)
     rows = tuple(Row(slot, 0, width, write_from=width, samples=True) for slot, width in enumerate(widths))
     inputs = buffers.inputs(rows, device)
+    x = inputs.x if pp.is_first else torch.zeros(tokens, model.width, dtype=context.dtype, device=device)
     with torch.inference_mode():
-        hidden = model(inputs.input_ids, inputs.positions, pool.caches, inputs.attention)
-        model.logits(hidden[: config.max_num_seqs])
+        hidden = model(x, inputs.positions, pool.caches, inputs.attention)
+        if pp.is_last:
+            model.logits(hidden[: config.max_num_seqs])
     kv_bytes = tokens * sum(spec.bytes_per_token for spec in specs)
     return max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)

@@ -28,24 +28,35 @@ class StepGraphs:
     """Stands in for the model's forward: replays a graph where there can be one.
 
     Decode steps (every row one token) are recorded when they first come, others when their shape comes again: chunks
-    of prompts have many shapes. max_seqs, table_width: of the rank's buffers.
+    of prompts have many shapes. max_seqs, table_width: of the rank's buffers. hidden: (width, dtype) of what a later
+    stage of a pipeline starts from; None = token ids. collective: the forward exchanges tensors with other ranks, which
+    cannot be recorded.
     """
 
-    def __init__(self, forward: Forward, caches: KVCaches, ops: Ops, max_seqs: int, table_width: int) -> None:
-        self._forward, self._caches, self._record = forward, caches, ops.record
+    def __init__(
+        self,
+        forward: Forward,
+        caches: KVCaches,
+        ops: Ops,
+        max_seqs: int,
+        table_width: int,
+        hidden: tuple[int, torch.dtype] | None = None,
+        collective: bool = False,
+    ) -> None:
+        self._forward, self._caches, self._record = forward, caches, None if collective else ops.record
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._seen: set[tuple[int, int]] = set()
         self._most = MAX_TOKENS if self._record is not None else 0
-        self._inputs = _FixedInputs(self._most, min(self._most, max_seqs), table_width)
+        self._inputs = _FixedInputs(self._most, min(self._most, max_seqs), table_width, hidden)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states [T, M]; those of a graph are overwritten by the next call."""
-        tokens, rows = shape = len(inputs.input_ids), len(inputs.slots)
+        tokens, rows = shape = len(inputs.x), len(inputs.slots)
         often = tokens == rows or shape in self._seen
         if tokens <= self._most and not often:
             self._seen.add(shape)
         if tokens > self._most or not often:
-            return self._forward(inputs.input_ids, inputs.positions, self._caches, inputs.attention)
+            return self._forward(inputs.x, inputs.positions, self._caches, inputs.attention)
         self._inputs.take(inputs)
         graph = self._graphs.pop(shape, None)
         if graph is None:
@@ -62,7 +73,7 @@ class StepGraphs:
         except NotRecordable as error:
             log.info("Steps run without graphs: %s.", error)
             self._most = 0
-            return self._forward(inputs.input_ids, inputs.positions, self._caches, inputs.attention)
+            return self._forward(inputs.x, inputs.positions, self._caches, inputs.attention)
         if len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[shape] = graph
@@ -72,8 +83,9 @@ class StepGraphs:
 class _FixedInputs:
     """A step's inputs in memory that never moves, on the CPU."""
 
-    def __init__(self, tokens: int, rows: int, table_width: int) -> None:
-        self._ids = torch.zeros(tokens, dtype=torch.int64)
+    def __init__(self, tokens: int, rows: int, table_width: int, hidden: tuple[int, torch.dtype] | None) -> None:
+        width, dtype = hidden or (None, torch.int64)
+        self._x = torch.zeros((tokens,) if width is None else (tokens, width), dtype=dtype)
         self._positions = torch.zeros(tokens, dtype=torch.int64)
         self._slot_mapping = torch.zeros(tokens, dtype=torch.int64)
         self._context_lens = torch.zeros(rows, dtype=torch.int32)
@@ -82,8 +94,8 @@ class _FixedInputs:
         self._max_context = (1 << 31) - 1
 
     def take(self, inputs: StepInputs) -> None:
-        tokens, rows, batch = len(inputs.input_ids), len(inputs.slots), inputs.attention
-        self._ids[:tokens] = inputs.input_ids
+        tokens, rows, batch = len(inputs.x), len(inputs.slots), inputs.attention
+        self._x[:tokens] = inputs.x
         self._positions[:tokens] = inputs.positions
         self._slot_mapping[:tokens] = batch.slot_mapping
         self._context_lens[:rows] = batch.context_lens
@@ -100,4 +112,4 @@ class _FixedInputs:
             max_query_len=tokens,
             max_context_len=self._max_context,
         )
-        return self._ids[:tokens], self._positions[:tokens], batch
+        return self._x[:tokens], self._positions[:tokens], batch

@@ -40,9 +40,15 @@ class KVPool:
 
 
 def plan_num_blocks(
-    config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int, device: torch.device, reserved_bytes: int = 0
+    config: EngineConfig,
+    specs: Sequence[KVSpec],
+    max_model_len: int,
+    device: torch.device,
+    reserved_bytes: int = 0,
+    sharers: int = 1,
 ) -> int:
     """How many blocks the pool gets. `reserved_bytes`: device memory that a step needs besides weights and KV.
+    `sharers`: ranks of the replica that share the memory of this machine, where KV lies on the CPU.
 
     Never more than all sequences at full length could use. Raises ConfigError if not even one block fits.
     """
@@ -51,7 +57,7 @@ def plan_num_blocks(
     block_bytes = config.block_size * sum(spec.bytes_per_token for spec in specs)
     memory = config.kv_cache_memory_bytes
     if memory is None:
-        memory = _gpu_bytes(config, device, reserved_bytes) if device.type == "cuda" else _cpu_bytes()
+        memory = _gpu_bytes(config, device, reserved_bytes) if device.type == "cuda" else _cpu_bytes() // sharers
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
     blocks = min(memory // block_bytes, most)
     if blocks < 2:

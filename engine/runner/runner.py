@@ -16,12 +16,15 @@ import torch
 
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
+from octavo.engine.parallel.mesh import Group
 from octavo.engine.runner.buffers import Buffers, StepInputs
 from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool
 from octavo.engine.runner.logprobs import prompt_logprobs
 from octavo.engine.runner.sampler import Sampler
 from octavo.engine.runner.sampling_state import SamplingState
+from octavo.engine.runner.stage import Stage
+from octavo.engine.runner.vocab import VocabGather
 from octavo.engine.types import TokenLogprobs
 from octavo.kernels.ops import AttentionBatch, Ops
 
@@ -31,22 +34,35 @@ class Model(Protocol):
 
     def __call__(
         self,
-        input_ids: torch.Tensor,
+        x: torch.Tensor,
         positions: torch.Tensor,
         kv: Sequence[tuple[torch.Tensor, torch.Tensor]],
         batch: AttentionBatch,
     ) -> torch.Tensor:
-        """input_ids, positions: [T] int64; kv: per attention layer (key, value) → hidden states [T, M]."""
+        """x: input ids [T] int64 on the first stage, hidden states [T, M] on later ones, which are given up; positions:
+        [T] int64; kv: per attention layer (key, value) → hidden states [T, M]."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [R, M] → [R, V] float32."""
+        """hidden: [R, M] of the last stage → [R, V] float32, on every rank of it."""
+
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `logits`, the token ids of this rank alone: vocab_shares[tp.rank]."""
+
+    @property
+    def vocab_shares(self) -> tuple[range, ...]:
+        """The token ids of every rank of `tp`."""
+
+    tp: Group
 
     def kv_specs(self) -> tuple[KVSpec, ...]:
         """What each attention layer keeps per token, in the order of `kv`."""
 
 
 class Runner:
-    """One rank's half of the engine: `execute` turns a StepPlan into a StepResult."""
+    """One rank's half of the engine: `execute` turns a StepPlan into a StepResult.
+
+    Every rank of the last stage draws the same tokens; the ranks of other stages have no results.
+    """
 
     def __init__(
         self,
@@ -56,14 +72,16 @@ class Runner:
         buffers: Buffers,
         sampling: SamplingState,
         device: torch.device,
+        stage: Stage,
+        forward: StepGraphs,
     ) -> None:
         self.model = model
-        self.forward = StepGraphs(model, pool.caches, ops, buffers.max_num_seqs, buffers.table_width)
+        self.stage, self.forward = stage, forward
         self.pool = pool
         self.ops = ops
         self.buffers = buffers
         self.sampling = sampling
-        self.sampler = Sampler(ops)
+        self.sampler, self.vocab = Sampler(ops), VocabGather(ops, model.tp, model.vocab_shares)
         self.device = device
 
     @torch.inference_mode()
@@ -71,16 +89,23 @@ class Runner:
         started = time.perf_counter()
         self._apply(plan)
         inputs = self.buffers.inputs(plan.rows, self.device)
+        if not self.stage.is_first:
+            inputs = replace(inputs, x=self.stage.receive(len(inputs.x)))
         hidden = self.forward(inputs)
-        results = self._draw(plan.rows, inputs, hidden)
+        results: tuple[RowResult, ...] = ()
+        if self.stage.is_last:
+            results = self._draw(plan.rows, inputs, hidden)
+        else:
+            self.stage.send(hidden)
         return StepResult(plan.step_id, results, time.perf_counter() - started)
 
     def _apply(self, plan: StepPlan) -> None:
         """Bring the rank's state up to the plan, before anything is computed."""
-        for slot in plan.released:
-            self.sampling.leave(slot)
-        for new in plan.new:
-            self.sampling.enter(new)
+        if self.stage.is_last:
+            for slot in plan.released:
+                self.sampling.leave(slot)
+            for new in plan.new:
+                self.sampling.enter(new)
         self.buffers.apply(plan)
         if plan.copies:
             pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
@@ -95,8 +120,8 @@ class Runner:
         if len(sampling):
             if len(sampling) < len(hidden):  # else each row is one token, and samples
                 hidden = hidden[torch.from_numpy(inputs.last[sampling]).to(self.device)]
-            logits = self.model.logits(hidden)
             slots, positions = inputs.slots[sampling], inputs.ends[sampling]
+            logits = self.vocab.gather(self.model.local_logits(hidden), slots, positions, self.sampling)
             sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens)
             self.buffers.store(slots, positions, sampled.token_ids)
             drawn = sampled.to_host()

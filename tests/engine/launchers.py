@@ -19,7 +19,7 @@ class Threads:
 
     def start(self, specs: Sequence[RankSpec]) -> None:
         for spec in specs:
-            run = threading.Thread(target=run_rank, args=(spec, "here", lambda code: None, False), daemon=True)
+            run = threading.Thread(target=run_rank, args=(spec, "here", None, lambda code: None, False), daemon=True)
             run.start()
             self.threads.append(run)
 
@@ -48,7 +48,9 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         for spec in specs:
             if spec.rank not in self._kept:
-                process = context.Process(target=run_rank, args=(spec, "here", os._exit, self._watched), daemon=True)
+                process = context.Process(
+                    target=run_rank, args=(spec, "here", None, os._exit, self._watched), daemon=True
+                )
                 process.start()
                 self.processes[spec.rank] = process
 
