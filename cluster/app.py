@@ -114,7 +114,7 @@ class IngressHost:
         fleet = Fleet(make_policy(model.routing.policy), model.routing.max_index_blocks, metrics)
         client = ServeEngineClient(engine, self._receiver, fleet)
         client.start()
-        lasting = FailoverClient(client, model.routing.failover_timeout_s)
+        lasting = FailoverClient(client, model.routing.failover_timeout_s, metrics.resumed)
         return Service(settings, lasting, tokenizer, (metrics.registry,))
 
 

@@ -127,6 +127,12 @@ def _operator_paths(app: FastAPI, catalog: Catalog) -> None:
         await check()
         return Response(status_code=200)
 
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 while each model has a replica that is there and has generated a token, else 503."""
+        await asyncio.gather(*(service.check_ready() for service in catalog))
+        return Response(status_code=200)
+
     @app.get("/ping")
     @app.post("/ping")
     async def ping() -> Response:

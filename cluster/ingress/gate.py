@@ -28,7 +28,7 @@ from octavo.cluster.observability.access_log import AccessRecord, log_access
 logger = logging.getLogger(__name__)
 
 # As in vLLM: what probes and scrapers ask for needs no key.
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without blanks: fit for a header and a log line
 
 

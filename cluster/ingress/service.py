@@ -78,6 +78,11 @@ class Service:
             raise ReplicaLost("No engine is running.")
         return engines
 
+    async def check_ready(self) -> None:
+        """Raises ReplicaLost unless a replica that is there now has generated a token since it started."""
+        if not any(engine.generation_tokens for engine in await self.stats()):
+            raise ReplicaLost(f"No replica of {self._model} has generated a token yet.")
+
     def check(self, body: Body) -> None:
         """What holds for every body: fields that nobody knows are counted, and each reported once."""
         unknown = body.unknown_fields()

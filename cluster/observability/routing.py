@@ -26,6 +26,10 @@ class RoutingMetrics:
             "routing_hit_tokens_found", "Prompt tokens that these requests did find cached.", model_name
         )
 
+        self._resumptions = self._counter(
+            "request_resumptions", "Requests submitted again because their replica was lost or had to stop.", model_name
+        )
+
     def decided(self, seconds: float) -> None:
         self._decision.observe(seconds)
 
@@ -33,6 +37,9 @@ class RoutingMetrics:
         """A request that was expected to find `predicted` prompt tokens cached has found `found`."""
         self._predicted.inc(predicted)
         self._found.inc(found)
+
+    def resumed(self) -> None:
+        self._resumptions.inc()
 
     def _counter(self, name: str, text: str, model_name: str) -> Counter:
         return Counter(f"octavo:{name}", text, ("model_name",), registry=self.registry).labels(model_name)

@@ -52,13 +52,13 @@ class FailoverClient:
     """`timeout_s`: how long a request may be without a replica before it is given up. Its own deadline is the caller's
     to keep: closing `generate` ends the request, wherever it is.
 
-    `resumptions`: how often a request was submitted again after a loss, since the start.
+    `resumed` is called each time a request is submitted again after a loss.
     """
 
-    def __init__(self, client: Attempts, timeout_s: float) -> None:
-        self.resumptions = 0
+    def __init__(self, client: Attempts, timeout_s: float, resumed: Callable[[], None] = lambda: None) -> None:
         self._client = client
         self._timeout_s = timeout_s
+        self._resumed = resumed
 
     async def info(self) -> EngineInfo:
         return await self._client.info()
@@ -82,7 +82,7 @@ class FailoverClient:
                 raise ReplicaLost("The replica ended the request early.")
             except ReplicaLost as error:
                 search.lost(error)
-                self.resumptions += 1
+                self._resumed()
                 logger.warning(
                     "request %s goes on elsewhere behind %d tokens: %s", request.request_id, progress.num_tokens, error
                 )

@@ -49,7 +49,7 @@ class ScriptedClient:
     reply_of: Callable[[Request], str] | None = None
     hang_after: int | None = None  # tokens after which nothing comes any more
     info_value: EngineInfo = INFO
-    stats_value: list[EngineStats] = field(default_factory=lambda: [EngineStats(num_running=1)])
+    stats_value: list[EngineStats] = field(default_factory=lambda: [EngineStats(num_running=1, generation_tokens=1)])
     seen: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     live: int = 0

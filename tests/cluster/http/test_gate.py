@@ -12,7 +12,7 @@ import pytest
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.observability.metrics import INGRESS
 from octavo.engine.errors import CapacityError, ConfigError, RankLost, RequestError, StepError
-from octavo.engine.types import TokenDelta
+from octavo.engine.types import EngineStats, TokenDelta
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 PATH = "/v1/chat/completions"
@@ -50,7 +50,7 @@ async def test_keys(harness, headers, status):
 
 async def test_what_is_open_without_a_key(harness):
     async with harness.http(harness.Client(), **KEYS) as http:
-        for path in ("/health", "/ping", "/version", "/metrics"):
+        for path in ("/health", "/ready", "/ping", "/version", "/metrics"):
             assert (await http.get(path)).status_code == 200, path
         assert (await http.post("/ping")).status_code == 200
         for path in ("/v1/models", "/nothing", "/openapi.json", "//health", "/health/"):
@@ -215,6 +215,20 @@ async def test_health_says_when_no_engine_is_there(harness):
         assert (health.status_code, health.json()["error"]["message"]) == (503, "No engine is running.")
         assert (await http.get("/ping")).status_code == 503
         assert (await http.get("/metrics")).status_code == 200
+
+
+async def test_ready_means_a_token_was_generated(harness):
+    for engines, status in (
+        ([], 503),
+        ([EngineStats(num_running=1)], 503),
+        ([EngineStats(), EngineStats(generation_tokens=1)], 200),
+    ):
+        async with harness.http(harness.Client(stats_value=engines)) as http:
+            ready = await http.get("/ready")
+            assert ready.status_code == status
+            assert status == 200 or ready.json()["error"]["code"] == "unavailable"
+            if engines:
+                assert (await http.get("/health")).status_code == 200
 
 
 async def test_models_and_version(harness):
