@@ -14,6 +14,7 @@ from octavo.cluster.config import DeploymentConfig, read_yaml
 from octavo.cluster.doctor.command import doctor
 from octavo.cluster.flags import merge, with_flags
 from octavo.cluster.offline import generate
+from octavo.cluster.status import status
 from octavo.engine import env
 from octavo.engine.errors import ConfigError
 
@@ -78,6 +79,7 @@ def version() -> None:
 
 app.command()(chat)
 app.command()(generate)
+app.command()(status)
 app.command()(doctor)
 
 
