@@ -9,6 +9,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.cluster.observability.metrics import IngressMetrics, exposition
+from octavo.cluster.observability.routing import RoutingMetrics
 from octavo.engine.types import EngineStats
 
 Series = dict[str, set[str]]  # name → labels
@@ -25,16 +26,14 @@ SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_s
 
 
 def octavo_series() -> Series:
-    metrics = IngressMetrics("m", 4096)
+    routing = RoutingMetrics("m")
+    metrics = IngressMetrics("m", 4096, (routing.registry,))
     found: Series = {}
-    for collector, names in metrics.registry._collector_to_names.items():
-        for name in names:
-            found[name] = {
-                "ingress",
-                "model_name",
-                *collector._labelnames,
-                *(["le"] if name.endswith("_bucket") else []),
-            }
+    for registry in (metrics.registry, routing.registry):
+        for collector, names in registry._collector_to_names.items():
+            for name in names:
+                bucket = {"le"} if name.endswith("_bucket") else set()
+                found[name] = {"ingress", "model_name", *collector._labelnames} | bucket
     text = exposition([(metrics, [EngineStats()])]).decode()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

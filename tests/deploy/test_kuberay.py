@@ -158,21 +158,13 @@ def gpus_of(group):
     return int(container(group)["resources"]["limits"].get("nvidia.com/gpu", 0))
 
 
-def test_no_engine_can_take_a_pod_down(service):
-    """Liveness asks Ray alone; traffic asks octavo."""
+def test_no_engine_and_no_model_can_take_a_pod_down(service):
+    """Liveness asks Ray alone, traffic the Pod's own proxy; /ready and /health speak of all models everywhere."""
     for group in groups(service):
         assert container(group)["livenessProbe"]["httpGet"] == {"path": "/api/local_raylet_healthz", "port": 52365}
-        assert container(group)["readinessProbe"]["httpGet"]["path"] in ("/ready", "/health")
-        assert container(group)["readinessProbe"]["httpGet"]["port"] == 8000
+        assert container(group)["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
     head = container(service["rayClusterConfig"]["headGroupSpec"])
     assert head["livenessProbe"]["httpGet"]["path"] == head["readinessProbe"]["httpGet"]["path"] == "/api/gcs_healthz"
-
-
-def test_readiness_wakes_what_sleeps(service, config):
-    """A pool at zero is not ready, and would never hear of a request."""
-    asleep = any(model.autoscaling is not None and model.autoscaling.min_replicas == 0 for model in config.models)
-    paths = {container(group)["readinessProbe"]["httpGet"]["path"] for group in groups(service)}
-    assert not asleep or paths == {"/health"}
 
 
 def test_drains_have_the_time_they_need(service, config):
