@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 from starlette.background import BackgroundTask
@@ -17,11 +16,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
-from octavo.cluster.ingress.errors import TimedOut, failure
-from octavo.cluster.ingress.gate import Visit
+from octavo.cluster.ingress.errors import failure
 from octavo.cluster.ingress.generation import Generation, Piece
 from octavo.cluster.ingress.presence import ClientGone, stay
-from octavo.engine.errors import CapacityError
+from octavo.cluster.ingress.visit import Places, Visit
 
 logger = logging.getLogger(__name__)
 
@@ -50,28 +48,6 @@ class Dialect(Protocol):
         ...
 
 
-class Places:
-    """The requests in progress here, of which there may be so many."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.ongoing = 0
-        self._limit = limit
-
-    def check(self) -> None:
-        """Raises CapacityError if none is free."""
-        if self._limit is not None and self.ongoing >= self._limit:
-            raise CapacityError(f"The server is busy with {self.ongoing} requests; try again later.")
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        self.check()
-        self.ongoing += 1
-        try:
-            yield
-        finally:
-            self.ongoing -= 1
-
-
 class _Answer(Response):
     """A response that does its work when it is sent: then it knows of the client's leaving.
 
@@ -88,35 +64,11 @@ class _Answer(Response):
         self.timeout_s = timeout_s
         self.background: BackgroundTask | None = None
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Writes into the access record, at the end, what came of the generation."""
-        record, generation = self.visit.record, self.generation
-        try:
-            yield
-            record.outcome = generation.choices[-1].finish_reason
-        except ClientGone:
-            record.outcome = "client gone"
-            raise
-        except Exception as error:
-            record.outcome = type(error).__name__
-            raise
-        finally:
-            record.prompt_tokens = generation.num_prompt_tokens
-            record.completion_tokens = generation.num_completion_tokens
-            record.ttft_s = generation.ttft_s
-
     @asynccontextmanager
     async def limits(self, receive: Receive) -> AsyncIterator[None]:
         """The client is there and time is left; else ClientGone or TimedOut."""
-        left = None
-        if self.timeout_s is not None:
-            left = self.visit.arrival_time + self.timeout_s - time.monotonic()
-        try:
-            async with asyncio.timeout(left), stay(receive):
-                yield
-        except TimeoutError:
-            raise TimedOut(f"The request took longer than the {self.timeout_s:g} s allowed.") from None
+        async with self.visit.time_limit(self.timeout_s), stay(receive):
+            yield
 
 
 class WholeAnswer(_Answer):
@@ -124,7 +76,7 @@ class WholeAnswer(_Answer):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts: list[list[Piece]] = [[] for _ in self.generation.choices]
-        with self.places.taken(), self.recorded():
+        with self.places.taken(), self.visit.recorded(self.generation):
             async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
                 async for piece in pieces:
                     parts[piece.index].append(piece)
@@ -159,7 +111,7 @@ class StreamedAnswer(_Answer):
         stream = _Stream(send, [replies.event(chunk) for chunk in self.dialect.opening()])
         opener = asyncio.create_task(stream.open_after(self.early_errors_s))
         try:
-            with self.places.taken(), self.recorded():
+            with self.places.taken(), self.visit.recorded(self.generation):
                 async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
                     async for piece in pieces:
                         await stream.send([replies.event(chunk) for chunk in self.dialect.chunks(piece)])

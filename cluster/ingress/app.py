@@ -17,11 +17,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from octavo.cluster.ingress import replies
+from octavo.cluster.ingress import endpoints, replies
 from octavo.cluster.ingress.catalog import Catalog
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.ingress.errors import TimedOut, failure
-from octavo.cluster.ingress.gate import Gate, Visit
+from octavo.cluster.ingress.gate import Gate
 from octavo.cluster.ingress.prompts import check_ids
 from octavo.cluster.ingress.protocol import (
     AnyBody,
@@ -33,6 +33,7 @@ from octavo.cluster.ingress.protocol import (
     parse,
 )
 from octavo.cluster.ingress.service import Service
+from octavo.cluster.ingress.visit import Visit
 from octavo.cluster.observability.metrics import CONTENT_TYPE, IngressMetrics, exposition
 from octavo.engine.types import EngineStats
 
@@ -76,13 +77,13 @@ def _generation_paths(app: FastAPI, catalog: Catalog) -> None:
     async def completions(request: Request) -> Response:
         """Continue a prompt (OpenAI's completions)."""
         body = await _read(CompletionBody, request)
-        return await catalog.find(body.model).complete(body, _visit(request))
+        return await endpoints.complete(catalog.find(body.model), body, _visit(request))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation (OpenAI's chat completions)."""
         body = await _read(ChatBody, request)
-        return await catalog.find(body.model).chat(body, _visit(request))
+        return await endpoints.chat(catalog.find(body.model), body, _visit(request))
 
 
 def _token_paths(app: FastAPI, catalog: Catalog) -> None:

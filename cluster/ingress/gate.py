@@ -6,14 +6,9 @@ body, turns whatever exception comes out into OpenAI's error body, and writes on
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
-import re
 import time
-import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -21,32 +16,24 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
-from octavo.cluster.ingress.errors import TooLarge, Unauthorized, failure
+from octavo.cluster.ingress.errors import TooLarge, failure
+from octavo.cluster.ingress.keys import Keys
 from octavo.cluster.ingress.presence import ClientGone
-from octavo.cluster.observability.access_log import AccessRecord, log_access
+from octavo.cluster.ingress.visit import Visit, request_id
+from octavo.cluster.observability.access_log import Access, log_access
 
 logger = logging.getLogger(__name__)
 
 # As in vLLM: what probes and scrapers ask for needs no key.
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without blanks: fit for a header and a log line
-
-
-@dataclass(slots=True)
-class Visit:
-    """One HTTP request on its way through; endpoints find it in `scope["octavo.visit"]` and fill in the record."""
-
-    request_id: str
-    arrival_time: float  # monotonic seconds
-    headers: Headers = field(default_factory=Headers)
-    record: AccessRecord = field(default_factory=AccessRecord)
 
 
 class Gate:
+    """Endpoints find the request's Visit in `scope["octavo.visit"]`."""
+
     def __init__(self, app: ASGIApp, *, api_keys: Iterable[str], max_body_bytes: int) -> None:
         self._app = app
-        # Digests: comparing them tells nothing about a key, not even its length.
-        self._keys = tuple(_digest(key.encode()) for key in api_keys)
+        self._keys = Keys(api_keys)
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,8 +41,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        visit = Visit(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, time.monotonic(), headers)
+        visit = Visit(request_id(headers.get("x-request-id")), time.monotonic(), headers)
         scope["octavo.visit"] = visit
         status = 0
 
@@ -82,17 +68,14 @@ class Gate:
             else:
                 raise  # half an answer is out: closing the connection is all that is left to say
         finally:
-            log_access(scope, visit.request_id, status, time.monotonic() - visit.arrival_time, visit.record)
+            client = scope.get("client")
+            what = Access(scope["method"], scope["path"], client[0] if client else "-", status or "-", status < 400)
+            log_access(what, visit.request_id, time.monotonic() - visit.arrival_time, visit.record)
 
     def _authorize(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if not self._keys or path in OPEN_PATHS or scope["method"] == "OPTIONS":
-            return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        digest = _digest(token.strip().encode("latin-1"))
-        known = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, for constant time
-        if scheme.lower() != "bearer" or not any(known):
-            raise Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY'.")
+        if path not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            self._keys.check(headers.get("authorization", ""))
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
         limit = self._max_body_bytes
@@ -112,7 +95,3 @@ class Gate:
             return message
 
         return receive_bounded
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -1,28 +1,26 @@
-"""Service: from a parsed request body to the answer object that will carry it out. What the endpoints share."""
+"""Service: one model, from a parsed request body to the generation that answers it. What all transports share.
+
+Knows neither HTTP nor gRPC: those read bodies, and write what a Generation brings.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
-from starlette.responses import Response
 
-from octavo.cluster.ingress.answers import Dialect, Places, StreamedAnswer, WholeAnswer
-from octavo.cluster.ingress.chat_completions import ChatDialect
 from octavo.cluster.ingress.client import EngineClient, ReplicaLost
-from octavo.cluster.ingress.completions import CompletionDialect
-from octavo.cluster.ingress.gate import Visit
 from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.logprobs import TokenNames
 from octavo.cluster.ingress.prompts import Prompt, PromptMaker
 from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from octavo.cluster.ingress.sampling import only_scores, sampling_params
 from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.ingress.visit import Places, Visit
 from octavo.cluster.observability.metrics import IngressMetrics
 from octavo.engine.errors import CapacityError, RequestError
 from octavo.engine.text.bad_words import bad_words_token_ids
@@ -81,7 +79,7 @@ class Service:
     async def check_ready(self) -> None:
         """Raises ReplicaLost unless a replica that is there now has generated a token since it started."""
         if not any(engine.generation_tokens for engine in await self.stats()):
-            raise ReplicaLost(f"No replica of {self._model} has generated a token yet.")
+            raise ReplicaLost(f"No replica of {self.name} has generated a token yet.")
 
     def check(self, body: Body) -> None:
         """What holds for every body: fields that nobody knows are counted, and each reported once."""
@@ -93,7 +91,8 @@ class Service:
                 self._reported.add(name)
                 logger.warning("requests have an unknown field %r: it has no effect", name[:MAX_NAME_CHARS])
 
-    async def complete(self, body: CompletionBody, visit: Visit) -> Response:
+    async def complete(self, body: CompletionBody, visit: Visit, answer_id: str) -> Generation:
+        """What continues the prompts, not begun yet. `answer_id`: what the client will know the answer by."""
         info = await self._admit(body)
         if body.suffix:
             raise RequestError("suffix is not supported: the models served here cannot fill in the middle.", "suffix")
@@ -101,24 +100,14 @@ class Service:
             raise RequestError("best_of other than n is not supported.", "best_of")
         self._check_choices(len(body.prompt) * (body.n or 1))
         prompts = await self.prompts.of_completion(body, info.max_model_len, info.vocab_size)
-        answer_id = f"cmpl-{body.request_id or visit.request_id}"
-        generation = await self._generation(body, prompts, answer_id, visit, info)
-        texts = [await self._text(prompt) for prompt in prompts] if body.echo else []
-        dialect = CompletionDialect(
-            body, generation, texts, self.names, answer_id=answer_id, model=self._model, created=int(time.time())
-        )
-        return self._answer(body, generation, dialect, visit)
+        return await self._generation(body, prompts, answer_id, visit, info)
 
-    async def chat(self, body: ChatBody, visit: Visit) -> Response:
+    async def chat(self, body: ChatBody, visit: Visit, answer_id: str) -> Generation:
+        """What answers the conversation, not begun yet."""
         info = await self._admit(body)
         self._check_choices(body.n or 1)
         prompt = await self.prompts.of_chat(body, body, info.max_model_len)
-        answer_id = f"chatcmpl-{body.request_id or visit.request_id}"
-        generation = await self._generation(body, [prompt], answer_id, visit, info)
-        dialect = ChatDialect(
-            body, generation, self.names, answer_id=answer_id, model=self._model, created=int(time.time())
-        )
-        return self._answer(body, generation, dialect, visit)
+        return await self._generation(body, [prompt], answer_id, visit, info)
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         info = await self.info()
@@ -145,7 +134,8 @@ class Service:
         }
 
     @property
-    def _model(self) -> str:
+    def name(self) -> str:
+        """What answers call the model."""
         return self.settings.served_model_names[0]
 
     async def _admit(self, body: GenerationBody) -> EngineInfo:
@@ -189,7 +179,7 @@ class Service:
                     priority=body.priority or 0,
                     cache_salt=body.cache_salt,
                     arrival_time=visit.arrival_time,
-                    session_id=visit.headers.get(self.settings.session_header),
+                    session_id=visit.session_id or visit.headers.get(self.settings.session_header),
                     bad_words_token_ids=bad_words_token_ids(self.tokenizer, params.bad_words)
                     if params.bad_words
                     else (),
@@ -206,27 +196,14 @@ class Service:
             only_scores=only_scores(body),
         )
 
-    def _answer(self, body: GenerationBody, generation: Generation, dialect: Dialect, visit: Visit) -> Response:
-        timeout_s = self.settings.request_timeout_s
-        if not body.stream:
-            return WholeAnswer(generation, dialect, visit, self.places, timeout_s)
-        return StreamedAnswer(
-            generation,
-            dialect,
-            visit,
-            self.places,
-            timeout_s,
-            early_errors_s=self.settings.early_errors_s,
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        )
-
     async def _soon(self, answer: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(answer, ENGINE_ANSWER_S)
         except TimeoutError:
             raise ReplicaLost(f"No engine has answered for {ENGINE_ANSWER_S:g} s.") from None
 
-    async def _text(self, prompt: Prompt) -> str:
+    async def text(self, prompt: Prompt) -> str:
+        """What the prompt says."""
         if prompt.text is not None:
             return prompt.text
         return await asyncio.to_thread(self.tokenizer.decode, prompt.token_ids, skip_special_tokens=False)
