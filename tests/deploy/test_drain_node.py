@@ -1,4 +1,4 @@
-"""The script that empties a node, on a cluster of two: what runs there ends in peace, what comes then runs elsewhere."""
+"""The script that empties a node, on a cluster of two: what runs there may end, what comes next goes elsewhere."""
 
 import asyncio
 import subprocess
