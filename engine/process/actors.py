@@ -42,12 +42,12 @@ def build_ranks(config: EngineConfig, phases: Phases, options: RankOptions) -> E
     layout = Layout(config.tensor_parallel_size, config.pipeline_parallel_size)
     launcher = RayLauncher(config, layout, options)
     deadlines = Deadlines(call_s=options.start_timeout_s, hang_s=options.hang_timeout_s, step_s=options.step_timeout_s)
+    ranks = Ranks(config, layout, launcher, deadlines, phases, options.threads or launcher.threads)
     try:
-        ranks = Ranks(config, layout, launcher, deadlines, phases, options.threads or launcher.threads)
+        return assemble(config, ranks.info, ranks)
     except BaseException:
-        launcher.end([])
+        ranks.close()
         raise
-    return assemble(config, ranks.info, ranks)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -129,6 +129,8 @@ class RayLauncher:
             processes.kill()
             processes.wait(ENDED_S)
         self._actors.clear()
+
+    def close(self) -> None:
         if self._own_ray and ray.is_initialized():
             self._own_ray = False
             ray.shutdown()
@@ -167,12 +169,9 @@ class _Watched:
 
 
 def _start_ray(num_ranks: int) -> None:
-    """A Ray for these ranks alone; or the one that the environment names."""
-    settings: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR"}
-    try:
-        ray.init(num_cpus=max(_cores(), num_ranks), **settings)
-    except ValueError:  # how Ray refuses num_cpus where it joins a cluster
-        ray.init(logging_level="ERROR")
+    """A Ray for these ranks alone. Never one that happens to run on this machine: to join it is the caller's choice,
+    by ray.init before."""
+    ray.init(address="local", num_cpus=max(_cores(), num_ranks), include_dashboard=False, logging_level="ERROR")
 
 
 def _check_room(num_ranks: int, num_cpus: float, num_gpus: int, nodes: Any) -> None:

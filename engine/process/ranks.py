@@ -35,6 +35,7 @@ M = TypeVar("M")
 SETTLE_S = 0.15
 CAUSE_S = 0.3
 LOOK_S = 0.25  # between looks at who is late
+STOP_S = 1.0  # for a rank to end by itself, its step in progress included
 KEEP_S = 1.0  # the same, while nobody waits for a result
 
 
@@ -69,6 +70,9 @@ class Launcher(Protocol):
 
     def end(self, called: Sequence[tuple[str, int]]) -> None:
         """End all processes for sure, those that are stopped too. called: (node, pid) of those that did."""
+
+    def close(self) -> None:
+        """Give back what else the launcher holds. Called once, after `end`."""
 
 
 _NO_BEAT = wire.Beat(0, 0.0, False)
@@ -143,7 +147,7 @@ class Ranks:
             launcher.start(specs)
             self.info = self._start(config, phases)
         except BaseException:
-            self._end_all()
+            self.close()
             raise
         self._keeper = threading.Thread(target=self._keep, name="octavo-ranks", daemon=True)
         self._keeper.start()
@@ -178,11 +182,15 @@ class Ranks:
 
     def close(self) -> None:
         with self._lock:
-            ended = self._closed.is_set() or self._lost is not None
+            if self._closed.is_set():
+                return
             self._closed.set()
-            if not ended:
-                self._hub.broadcast(wire.Stop())
-                self._end_all()
+            self._hub.broadcast(wire.Stop())
+            deadline = time.monotonic() + STOP_S
+            while not all(rank.gone for rank in self._ranks if rank.pid) and time.monotonic() < deadline:
+                self._take(self._hub.poll(LOOK_S))
+            self._end_all()
+            self._launcher.close()
 
     # ── the start ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -316,6 +324,8 @@ class Ranks:
         """Ranks end when their connection does; whoever does not is killed."""
         self._hub.close()
         self._launcher.end([(rank.node, rank.pid) for rank in self._ranks if rank.pid])
+        for rank in self._ranks:
+            rank.gone = True
 
     def _keep(self) -> None:
         """While nobody computes, somebody must hear the pulses."""

@@ -34,6 +34,9 @@ class Threads:
             thread.join(timeout=10)
             assert not thread.is_alive()
 
+    def close(self) -> None:
+        pass
+
 
 class Processes:
     """A Launcher whose ranks are processes. `kept`: ranks that `start` does not start."""
@@ -70,3 +73,6 @@ class Processes:
             process.join(0.2)
             process.kill()
             process.join(5)
+
+    def close(self) -> None:
+        pass
