@@ -30,6 +30,7 @@ from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
 from octavo.cluster.observability.routing import RoutingMetrics
 from octavo.cluster.replica import EngineReplica, Host, OnDeltas
+from octavo.cluster.rollout import engine_version, ingress_version
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.routing.failover import FailoverClient
 from octavo.cluster.routing.fleet import Fleet
@@ -126,12 +127,14 @@ def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
         num_replicas=config.num_ingresses,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=MAX_ONGOING,
+        max_surge_percent=100,  # a new one is up before an old one goes
         # A connection cannot be handed over: an ingress that is to stop outlives the streams it carries.
         graceful_shutdown_timeout_s=config.ingress_drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=3,
         logging_config=LOGS,
     )(IngressHost)
+    ingress = _versioned(ingress, ingress_version(config))
     return ingress.bind(config, [engine_pool(model, config.log_level) for model in config.models])
 
 
@@ -152,9 +155,10 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         }
     else:
         placement = {"ray_actor_options": {"num_cpus": per_rank["CPU"], "num_gpus": per_rank["GPU"]}}
-    return serve.deployment(
+    pool = serve.deployment(
         name=engine_name(model),
         num_replicas=model.num_replicas,
+        max_surge_percent=model.max_surge_percent,
         **placement,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_WAITING_FOR_REPLICA,
@@ -167,7 +171,13 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         health_check_timeout_s=60,
         max_constructor_retry_count=3,
         logging_config=LOGS,
-    )(EngineHost).bind(model, log_level)
+    )(EngineHost)
+    return _versioned(pool, engine_version(model, log_level)).bind(model, log_level)
+
+
+def _versioned(deployment: serve.Deployment, version: str) -> serve.Deployment:
+    """Serve restarts the replicas whose version has changed: see rollout.py. It would give out random ones."""
+    return deployment.options(version=version, _internal=True)  # the only way there is in Ray 2.60
 
 
 def engine_name(model: ModelConfig) -> str:

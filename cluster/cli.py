@@ -11,6 +11,7 @@ import typer
 
 from octavo.cluster.chat import chat
 from octavo.cluster.config import DeploymentConfig, read_yaml
+from octavo.cluster.deploy import deploy, undeploy
 from octavo.cluster.doctor.command import doctor
 from octavo.cluster.flags import merge, with_flags
 from octavo.cluster.offline import generate
@@ -79,6 +80,8 @@ def version() -> None:
 
 app.command()(chat)
 app.command()(generate)
+app.command()(deploy)
+app.command()(undeploy)
 app.command()(status)
 app.command()(doctor)
 

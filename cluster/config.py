@@ -148,6 +148,8 @@ class ModelConfig:
     num_cpus: CPUs that Ray reserves for each rank of a replica; on a cluster started elsewhere also the threads a rank
         computes with.
     drain_timeout_s: how long a replica that is to stop may go on with the requests it has; then others take them over.
+    max_surge_percent: while another version is rolled out, so many replicas of num_replicas, rounded up, may run beyond
+        it: new ones are up before old ones go. 0 = old ones go first, for where there is no room for both.
     step_timeout_s: a replica that finishes no step for so long, though there is work, is replaced. Must be above the
         longest step there can be. hang_timeout_s: the same for a process that shows no sign of life at all.
     chat_template: Jinja source in place of the model's own, or a file with it.
@@ -159,6 +161,7 @@ class ModelConfig:
     num_replicas: int = 1
     num_cpus: float = 1.0
     drain_timeout_s: float = 60.0
+    max_surge_percent: int = 25
     step_timeout_s: float = 300.0
     hang_timeout_s: float = 4.0
     chat_template: str | None = None
@@ -171,6 +174,8 @@ class ModelConfig:
         _above_zero("hang_timeout_s", self.hang_timeout_s)
         if self.num_cpus < 0 or self.drain_timeout_s < 0:
             raise ConfigError("num_cpus and drain_timeout_s must not be negative.")
+        if not 0 <= self.max_surge_percent <= 100:
+            raise ConfigError(f"max_surge_percent must be 0 to 100, got {self.max_surge_percent}.")
         if not all(self.served_model_name):
             raise ConfigError("A served model name must not be empty.")
 

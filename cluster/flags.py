@@ -133,6 +133,7 @@ FLAGS: tuple[Flag, ...] = (
         num_cpus="CPUs that Ray reserves for a rank of a replica.",
         pattern="Topology of the deployment: replicated.",
         drain_timeout_s="Seconds that requests in progress may take when the server stops.",
+        max_surge_percent="Replicas beyond num_replicas while a new version is rolled out; 0 = old ones stop first.",
         step_timeout_s="Seconds without a finished step after which a busy replica is replaced.",
         hang_timeout_s="Seconds without a sign of life after which a process of a replica is killed.",
     ),

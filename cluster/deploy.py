@@ -1,0 +1,288 @@
+"""`octavo deploy` and `octavo undeploy`: put a configuration on a running cluster, replica by replica; take it away.
+
+What runs goes on until what replaces it has generated a token. A deployment that fails is rolled back.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from octavo.cluster.attach import attached, quiet_ray
+from octavo.cluster.config import DeploymentConfig
+from octavo.cluster.rollout import Change, compare
+from octavo.cluster.rollout_checks import check, read_deployment
+from octavo.engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.cluster.overview import Deployment, Overview
+
+POLL_S = 0.5
+KINDS = {"new": "green", "restart": "yellow", "in place": "cyan", "removed": "red", "unchanged": "dim"}
+WHAT = {
+    "new": "starts",
+    "restart": "restarts, replica by replica",
+    "in place": "changes in place",
+    "removed": "stops; requests for it end",
+    "unchanged": "stays as it is",
+}
+
+Address = Annotated[str, typer.Option(help="Ray cluster: auto, host:port, or ray://host:10001 from outside.")]
+
+
+class Failed(Exception):
+    """The new configuration cannot run, or does not in time. The message is a sentence."""
+
+
+def deploy(
+    file: Annotated[Path, typer.Argument(help="Deployment YAML, or a Serve config that contains one.")],
+    address: Address = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on, where Serve does not run yet.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Port to listen on, where Serve does not run yet.")] = 8000,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a deployment has failed.", min=1)] = 3600.0,
+) -> None:
+    """Deploy a configuration to a running cluster, replacing what runs there without a break.
+
+    New replicas generate a token before old ones stop; old ones finish their requests or hand them over. If the new
+    configuration fails, the old one is put back. Exit code 0: it runs; 1: it failed; 2: it was refused, nothing was
+    touched.
+    """
+    console = Console(highlight=False)
+    try:
+        config = read_deployment(file)
+        with attached(address):
+            before = running_config()
+            for warning in check(config):
+                console.print(Text(warning, style="yellow"))
+            from octavo.cluster.app import engine_name
+
+            changes = compare(before, config, engine_name)
+            console.print(plan(changes))
+            code = 0 if dry_run else _roll_out(console, config, before, changes, (host, port), timeout)
+    except ConfigError as error:
+        sys.stderr.write(f"octavo: {error}\n")
+        code = 2
+    except KeyboardInterrupt:
+        sys.stderr.write("octavo: the rollout goes on without being watched (`octavo status --watch`)\n")
+        code = 130
+    raise typer.Exit(code)
+
+
+def undeploy(
+    address: Address = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds after which to stop waiting.", min=1)] = 3600.0,
+) -> None:
+    """Take the deployment away: requests in progress may finish, new ones are refused."""
+    console = Console(highlight=False)
+    try:
+        with attached(address):
+            code = _take_away(console, timeout)
+    except ConfigError as error:
+        sys.stderr.write(f"octavo: {error}\n")
+        code = 2
+    except KeyboardInterrupt:
+        sys.stderr.write("octavo: it goes on without being watched\n")
+        code = 130
+    raise typer.Exit(code)
+
+
+def running_config() -> DeploymentConfig | None:
+    """What the application here was built from; None = there is none, or one of another version of octavo."""
+    from ray.serve.context import _get_global_client
+
+    from octavo.cluster.app import APP, INGRESS
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    try:
+        info, _ = client.get_deployment_info(INGRESS, APP)
+        config = info.replica_config.init_args[0]
+        repr(config)  # one pickled before a setting existed lacks its slot
+    except Exception:
+        return None
+    return config if isinstance(config, DeploymentConfig) else None
+
+
+def plan(changes: Sequence[Change]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
+    for change in changes:
+        text = Text(WHAT[change.kind], style=KINDS[change.kind])
+        if change.kind == "restart" and not change.why:
+            text.append("\nits models' settings, or octavo's version, have changed", style="default")
+        for name, was, now in change.why:
+            text.append(f"\n{name}: {was} → {now}", style="default")
+        table.add_row(change.deployment, text)
+    return table
+
+
+def _roll_out(
+    console: Console,
+    config: DeploymentConfig,
+    before: DeploymentConfig | None,
+    changes: Sequence[Change],
+    listen: tuple[str, int],
+    timeout: float,
+) -> int:
+    started = time.monotonic()
+    _start_serve(*listen)
+    try:
+        _watch(console, _apply(config), {c.deployment for c in changes if c.kind == "restart"}, timeout)
+    except Failed as failure:
+        console.print(Text(f"Failed: {failure}", style="bold red"))
+        if before is None:
+            console.print("Nothing ran before; `octavo undeploy` clears away what is left.")
+            return 1
+        console.print("The configuration that ran before is put back.")
+        try:
+            _watch(console, _apply(before), set(), timeout)
+        except Failed as again:
+            console.print(Text(f"That failed too: {again}", style="bold red"))
+        else:
+            console.print("It runs.")
+        return 1
+    console.print(Text(f"It runs, after {time.monotonic() - started:.0f} s.", style="green"))
+    return 0
+
+
+def _start_serve(host: str, port: int) -> None:
+    """Where it runs, it stays as it is."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.config import HTTPOptions
+    from ray.serve.context import _get_global_client
+
+    from octavo.cluster.app import LOGS
+
+    quiet_ray()  # importing Serve has undone it
+    if _get_global_client(raise_if_no_controller_running=False) is not None:
+        return
+    try:
+        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=LOGS)
+    except (RayError, RuntimeError, TimeoutError) as error:
+        raise ConfigError(f"Ray Serve could not start: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _apply(config: DeploymentConfig) -> Overview:
+    """Tell Serve what there is to be; returns what there was."""
+    from ray import serve
+
+    from octavo.cluster.app import APP, build_app
+    from octavo.cluster.overview import look
+
+    before = look(APP)
+    target = serve.RunTarget(build_app(config), name=APP, route_prefix="/")
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    return before
+
+
+def _watch(console: Console, before: Overview, restarted: set[str], timeout: float) -> None:
+    """Until everything runs that shall. Raises Failed with the first sentence of a replica that cannot.
+
+    before: from before the change; what it says of failures is old.
+    """
+    from octavo.cluster.app import APP
+    from octavo.cluster.overview import look
+
+    old = {r.id for r in before.replicas if r.state == "RUNNING" and r.deployment in restarted}
+    stale = set(messages(before))
+    deadline = time.monotonic() + timeout
+    said = ""
+    with console.status("rolling out") as spinner:
+        while True:
+            overview = look(APP)
+            line = progress(overview, old)
+            if line not in ("", said) and not console.is_terminal:
+                console.print(line, soft_wrap=True)
+            said = line
+            spinner.update(line or "rolling out")
+            if is_up(overview, old):
+                return
+            for message in messages(overview):
+                if message not in stale and (sentence := re.search(r"ConfigError: (.+)", message)):
+                    raise Failed(sentence.group(1).strip())
+            if overview.app_status == "DEPLOY_FAILED":
+                raise Failed(overview.app_message.strip() or "Serve does not say why.")
+            if time.monotonic() > deadline:
+                raise Failed(f"it does not run after {timeout:g} s ({line}).")
+            time.sleep(POLL_S)
+
+
+def messages(overview: Overview) -> list[str]:
+    return [overview.app_message, *(deployment.message for deployment in overview.deployments)]
+
+
+def is_up(overview: Overview, old: set[str]) -> bool:
+    """Whether all that shall run does, and nothing of before but what drains. Serve itself waits for that too."""
+    if overview.app_status == "RUNNING":
+        return True
+    if overview.app_status != "DEPLOYING" or not overview.deployments:
+        return False
+    return all(_is_up(deployment, overview, old) for deployment in overview.deployments)
+
+
+def _is_up(deployment: Deployment, overview: Overview, old: set[str]) -> bool:
+    replicas = [replica for replica in overview.replicas if replica.deployment == deployment.name]
+    running = [replica for replica in replicas if replica.state == "RUNNING"]
+    settled = all(replica.state in ("RUNNING", "STOPPING") for replica in replicas)
+    return settled and len(running) == deployment.wanted and not any(replica.id in old for replica in running)
+
+
+def progress(overview: Overview, old: set[str]) -> str:
+    """One line: per deployment that is not done, its replicas, new and old. old: ids of those that have to go."""
+    parts = []
+    for deployment in overview.deployments:
+        replicas = [replica for replica in overview.replicas if replica.deployment == deployment.name]
+        if deployment.status == "HEALTHY" and all(replica.state == "RUNNING" for replica in replicas):
+            continue
+        running = [replica for replica in replicas if replica.state == "RUNNING"]
+        kept = sum(replica.id in old for replica in running)
+        stopping = [replica for replica in replicas if replica.state == "STOPPING"]
+        live = sum(r.status.stats.num_running + r.status.stats.num_waiting for r in stopping if r.status is not None)
+        words = [f"{len(running) - kept} of {deployment.wanted} up"]
+        words += [f"{count} {word}" for count, word in ((kept, "old"), (_starting(replicas), "starting")) if count]
+        if stopping:
+            words.append(f"{len(stopping)} draining" + (f" {live} requests" if live else ""))
+        parts.append(f"{deployment.name}: {', '.join(words)}")
+    return "; ".join(parts)
+
+
+def _starting(replicas: Sequence[Any]) -> int:
+    return sum(replica.state in ("STARTING", "UPDATING", "RECOVERING") for replica in replicas)
+
+
+def _take_away(console: Console, timeout: float) -> int:
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    from octavo.cluster.app import APP
+    from octavo.cluster.overview import look
+
+    quiet_ray()  # importing Serve has undone it
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        raise ConfigError("Serve is not running on this cluster.")
+    if look(APP).app_status == "NOT_DEPLOYED":
+        raise ConfigError("Nothing is deployed on this cluster.")
+    serve.delete(APP, _blocking=False)
+    deadline = time.monotonic() + timeout
+    with console.status("draining") as spinner:
+        while (overview := look(APP)).app_status != "NOT_DEPLOYED":
+            spinner.update(progress(overview, set()) or "draining")
+            if time.monotonic() > deadline:
+                console.print(Text(f"It is still there after {timeout:g} s.", style="red"))
+                return 1
+            time.sleep(POLL_S)
+    console.print("Taken away.")
+    return 0
