@@ -91,10 +91,14 @@ class Matrix:
             return replace(self, values=self.values.narrow(1, start, size), group_size=size)
         step = math.gcd(self.group_size, start, size)
         if step % 4 and step != size:
-            raise ValueError(f"inputs {start} to {start + size} cut groups of {self.group_size} in parts of {step}")
+            raise ValueError(
+                f"cannot be cut at inputs {start} to {start + size}: its groups of {self.group_size} would come in "
+                f"parts of {step}, which must be whole fours"
+            )
         whole = self._in_groups_of(step)
-        cut = whole._each(lambda part: part.narrow(1, start // step, size // step))
-        return replace(cut, values=self.values.narrow(1, start, size))
+        parts = {name: getattr(whole, name) for name in ("scales", "mins")}
+        cut = {name: part.narrow(1, start // step, size // step) for name, part in parts.items() if part is not None}
+        return replace(whole, values=self.values.narrow(1, start, size), **cut)
 
     def to(self, device: torch.device) -> Matrix:
         """The matrix itself if it is there already."""

@@ -124,14 +124,14 @@ class Weight(nn.Parameter):
             self.data.narrow(self.rule.axis, p.start, p.size).copy_(as_floats(mine))
 
     def cut(self, part: str | None, source: Source) -> Iterator[tuple[Part, torch.Tensor | Matrix]]:
-        """This rank's slice of every part that a checkpoint tensor holds; nothing else of it is read."""
+        """This rank's slice of every part that a checkpoint tensor holds; nothing else of it is read.
+
+        Raises ConfigError on shape, ValueError where a quantized matrix cannot be cut.
+        """
         self.check(part, source.shape)
         at = 0
         for p in self.parts(part):
-            try:
-                yield p, read(source.narrow(self.rule.axis, at + p.source, p.size))
-            except ValueError as error:
-                raise ConfigError(f"cannot be cut over ranks: {error}") from None
+            yield p, read(source.narrow(self.rule.axis, at + p.source, p.size))
             at += p.whole
 
 

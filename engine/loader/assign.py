@@ -63,7 +63,7 @@ def _take(
     turned = tensor.t() if target.transpose and isinstance(tensor, torch.Tensor) else tensor
     try:
         layer.load(target.weight, target.part, turned)
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:
         raise ConfigError(f"The checkpoint's {name!r} {error}.") from None
     lacks.difference_update([(target.weight, part) for part in parts])
     if not lacks:

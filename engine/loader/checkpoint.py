@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from octavo.engine.layers.weight import Source
 from octavo.engine.loader.source import ModelSource
 from octavo.engine.types import GenerationDefaults
 from octavo.kernels.matrix import Matrix
@@ -36,6 +37,10 @@ class Checkpoint(Protocol):
     def num_tensors(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+
+    def weights(self) -> Iterator[tuple[str, Source]]:
+        """As `tensors`, but nothing is read before it is asked for (see `octavo.engine.layers.weight.Stored`)."""
+        ...
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
         """(Hugging Face name, weight on the CPU), each once, in file order; do not write into one. May be called again.

@@ -106,6 +106,13 @@ class _FolderCheckpoint:
         self.generation_defaults = settings.generation_defaults
         self.files = files
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        raise NotImplementedError
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors themselves: they are views of the mapped files."""
+        return self.tensors()
+
 
 class SafetensorsCheckpoint(_FolderCheckpoint):
     """One or more safetensors files, mapped into memory. The tensors are views of them: read when they are used."""

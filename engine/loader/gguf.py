@@ -9,7 +9,7 @@ import math
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from octavo.engine.errors import ConfigError
+from octavo.engine.layers.weight import Source, read
 from octavo.engine.loader.gguf_blocks import TYPES, TensorType, dequantize, matrix
 from octavo.engine.loader.gguf_config import Facts, make_config
 from octavo.engine.loader.gguf_header import Header, TensorInfo, read_header
-from octavo.engine.loader.gguf_names import IGNORED, RULES, Place
+from octavo.engine.loader.gguf_names import IGNORED, RULES, Place, row_order
 from octavo.engine.types import GenerationDefaults
 from octavo.kernels.matrix import Matrix
 
@@ -55,6 +56,71 @@ class _Stored:
     @property
     def num_bytes(self) -> int:
         return self.kind.num_bytes(self.num_weights)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """A quantized matrix in its file (see `octavo.engine.layers.weight.Stored`).
+
+    raw: [N, bytes of a row] uint8, a view of the file. rows: which of them, in the order wanted; columns: of weights.
+    """
+
+    raw: torch.Tensor
+    kind: TensorType
+    rows: range | torch.Tensor
+    columns: range
+
+    @classmethod
+    def of(
+        cls, raw: torch.Tensor, kind: TensorType, shape: tuple[int, ...], order: torch.Tensor | None
+    ) -> StoredBlocks:
+        return cls(raw.view(shape[0], -1), kind, range(shape[0]) if order is None else order, range(shape[1]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        return self.raw.nbytes
+
+    def narrow(self, axis: int, start: int, size: int) -> StoredBlocks:
+        if axis == 0:
+            return replace(self, rows=self.rows[start : start + size])
+        return replace(self, columns=self.columns[start : start + size])
+
+    def read(self) -> Matrix:
+        """Reads whole blocks of the rows asked for. Raises ValueError where groups cannot be cut."""
+        weights, size, columns = self.kind.weights, self.kind.size, self.columns
+        first, last = columns.start // weights, -(-columns.stop // weights)
+        blocks = self.raw[:, first * size : last * size]
+        taken = blocks[self.rows.start : self.rows.stop] if isinstance(self.rows, range) else blocks[self.rows]
+        whole = matrix(taken.flatten(), self.kind, (len(taken), (last - first) * weights))
+        return whole.narrow(1, columns.start - first * weights, len(columns))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """An unquantized tensor in its file, whose rows come in another order. order: [N] int64."""
+
+    tensor: torch.Tensor
+    order: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.order), *self.tensor.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def narrow(self, axis: int, start: int, size: int) -> StoredRows:
+        if axis == 0:
+            return replace(self, order=self.order[start : start + size])
+        return replace(self, tensor=self.tensor.narrow(axis, start, size))
+
+    def read(self) -> torch.Tensor:
+        return self.tensor[self.order]
 
 
 class GGUFCheckpoint:
@@ -107,20 +173,31 @@ class GGUFCheckpoint:
         )
         return None if defaults == GenerationDefaults() else defaults
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
-        """(Hugging Face name, weight) in file order. Unquantized tensors are views of the mapped file."""
+    def weights(self) -> Iterator[tuple[str, Source]]:
+        """(Hugging Face name, weight) in file order. Nothing but small tensors is read before it is asked for."""
         for stored, raw in self._raw():
-            if stored.kind.decode is None or len(stored.info.shape) != 2:
-                weight = dequantize(raw, stored.kind).view(stored.info.shape)
-            else:
-                weight = matrix(raw, stored.kind, stored.info.shape)
-            yield stored.place.name, weight if stored.place.undo is None else stored.place.undo(weight)
+            rows, place = stored.info.shape[0], stored.place
+            order = row_order(rows, place.heads) if place.heads else None
+            if stored.kind.decode is not None and len(stored.info.shape) == 2:
+                yield place.name, StoredBlocks.of(raw, stored.kind, stored.info.shape, order)
+                continue
+            tensor = dequantize(raw, stored.kind).view(stored.info.shape)
+            if place.undo is not None:
+                tensor = place.undo(tensor)
+            yield place.name, tensor if order is None else StoredRows(tensor, order)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
+        """As `weights`, read. Unquantized tensors are views of the mapped file."""
+        return ((name, read(weight)) for name, weight in self.weights())
 
     def float_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, but quantized matrices in float32, as transformers has them: what its load_state_dict takes."""
         for stored, raw in self._raw():
             tensor = dequantize(raw, stored.kind).view(stored.info.shape)
-            yield stored.place.name, tensor if stored.place.undo is None else stored.place.undo(tensor)
+            if stored.place.undo is not None:
+                tensor = stored.place.undo(tensor)
+            heads = stored.place.heads
+            yield stored.place.name, tensor[row_order(len(tensor), heads)] if heads else tensor
 
     def _raw(self) -> Iterator[tuple[_Stored, torch.Tensor]]:
         """Every tensor with its bytes."""

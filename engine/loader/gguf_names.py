@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from octavo.engine.errors import ConfigError
-from octavo.kernels.matrix import Matrix
 
-Weight = TypeVar("Weight", torch.Tensor, Matrix)
-Undo = Callable[[torch.Tensor | Matrix], torch.Tensor | Matrix]
+Undo = Callable[[torch.Tensor], torch.Tensor]
 
 # Read into the config (see gguf_config), or tables that can be recomputed: no weights of the model.
 IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", "attn_rot_embd.weight")
@@ -24,13 +21,15 @@ IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a GGUF tensor belongs: Hugging Face's name, and what makes Hugging Face's tensor of it (None: nothing).
+    """Where a GGUF tensor belongs: Hugging Face's name, and what makes Hugging Face's tensor of it.
 
-    A Matrix is [outputs, inputs] in both: it is never transposed.
+    undo: of an unquantized tensor; None = nothing. A quantized matrix is [outputs, inputs] in both: it is never
+    transposed. heads: so many heads have their rows in another order (see `row_order`); 0 = rows are in order.
     """
 
     name: str
     undo: Undo | None = None
+    heads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +56,25 @@ class NameRules:
             block, found = f"{self.block}.{number}.", self.inner.get(stem)
         if found is None or kind not in ("weight", "bias"):
             return None
-        return Place(f"{block}{found}.{kind}", self._undo(stem, kind, num_heads, num_kv_heads))
-
-    def _undo(self, stem: str, kind: str, num_heads: int, num_kv_heads: int) -> Undo | None:
+        heads = 0
         if stem in self.rotated:
             heads = num_heads if stem == self.rotated[0] else num_kv_heads
-            return lambda weight: _unrotate(weight, heads)
+        return Place(f"{block}{found}.{kind}", self._undo(stem, kind), heads)
+
+    def _undo(self, stem: str, kind: str) -> Undo | None:
         if kind == "weight" and stem in self.transposed:
-            return lambda weight: weight if isinstance(weight, Matrix) else weight.t().contiguous()
+            return torch.t
         if kind == "weight" and self.norm_offset and stem.endswith("norm"):
             return lambda tensor: tensor.float() - self.norm_offset
         return None
 
 
-def _unrotate(weight: Weight, heads: int) -> Weight:
-    """weight: [heads × D, ...]. Rotation pairs the components 2i and 2i + 1 of a head in GGUF, i and i + D/2 in HF."""
-    rows = weight.shape[0]
+def row_order(rows: int, heads: int) -> torch.Tensor:
+    """[rows] int64, the stored row at each place, of heads × D rows. Rotation pairs the components 2i and 2i + 1 of a
+    head in GGUF, i and i + D/2 in HF."""
     if rows % (2 * heads):
         raise ConfigError(f"A query or key of {rows} rows does not split into {heads} heads: damaged metadata.")
-    index = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
-    return weight.permute_outputs(index) if isinstance(weight, Matrix) else weight[index]
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -14,6 +14,7 @@ import torch
 from octavo.engine.errors import ConfigError
 from octavo.engine.quant import awq, compressed_tensors, fp8, gptq
 from octavo.engine.quant.scheme import AWQ, GPTQ, Floats, Ints, Packed, Scheme, WeightFormat
+from octavo.engine.quant.stored import StoredModule
 from octavo.kernels.matrix import Matrix
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,20 @@ _UNUSED = (
 def matrices(
     tensors: Iterable[tuple[str, torch.Tensor]], scheme: Scheme
 ) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
+    """As `stored_matrices`, read."""
+    for name, weight in stored_matrices(tensors, scheme):
+        try:
+            yield name, weight if isinstance(weight, torch.Tensor) else weight.read()
+        except ValueError as error:
+            raise ConfigError(f"The checkpoint's quantized {name.removesuffix('.weight')} {error}.") from None
+
+
+def stored_matrices(
+    tensors: Iterable[tuple[str, torch.Tensor]], scheme: Scheme
+) -> Iterator[tuple[str, torch.Tensor | StoredModule]]:
     """Each quantized module's `<module>.weight` as soon as all its pieces have come, in any order; others unchanged.
 
+    Nothing of a module is read but its shape, so pieces that are views of files cost nothing until they are.
     Raises ConfigError naming a module whose pieces do not fit together, are incomplete, or that should not have any.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -56,7 +69,7 @@ def matrices(
                 pieces = waiting.setdefault(module, {})
                 pieces[piece] = tensor
                 if len(pieces) == len(_needed(form)):
-                    yield f"{module}.weight", _matrix(form, module, waiting.pop(module))
+                    yield f"{module}.weight", _stored(form, module, waiting.pop(module))
             elif not _says_nothing(form, piece, tensor):
                 raise ConfigError(
                     f"The checkpoint holds {name!r} ({str(tensor.dtype).removeprefix('torch.')}), which does not go "
@@ -106,18 +119,22 @@ def _says_nothing(form: WeightFormat, piece: str, tensor: torch.Tensor) -> bool:
             return False
 
 
-def _matrix(form: WeightFormat, module: str, pieces: Mapping[str, torch.Tensor]) -> Matrix:
+def _stored(form: WeightFormat, module: str, pieces: Mapping[str, torch.Tensor]) -> StoredModule:
     try:
-        match form:
-            case GPTQ():
-                return gptq.matrix(form, pieces)
-            case AWQ():
-                return awq.matrix(form, pieces)
-            case Packed():
-                return compressed_tensors.packed(form, pieces)
-            case Ints():
-                return compressed_tensors.ints(form, pieces)
-            case Floats():
-                return fp8.matrix(form, pieces)
+        return StoredModule.of(form, pieces, lambda cut: _matrix(form, cut))
     except ValueError as error:
-        raise ConfigError(f"The checkpoint's quantized {module} {error}.") from None
+        raise ConfigError(f"The checkpoint's quantized {module} has tensors of other shapes: {error}.") from None
+
+
+def _matrix(form: WeightFormat, pieces: Mapping[str, torch.Tensor]) -> Matrix:
+    match form:
+        case GPTQ():
+            return gptq.matrix(form, pieces)
+        case AWQ():
+            return awq.matrix(form, pieces)
+        case Packed():
+            return compressed_tensors.packed(form, pieces)
+        case Ints():
+            return compressed_tensors.ints(form, pieces)
+        case Floats():
+            return fp8.matrix(form, pieces)

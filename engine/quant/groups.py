@@ -14,6 +14,8 @@ from octavo.kernels.matrix import Matrix
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """words: [..., n] int32 → [..., n × 32 / bits] uint8, the lowest bits of a word first."""
+    if words.stride(-1) != 1:  # also where the axis is one long, which `contiguous` takes for contiguous
+        words = words.clone(memory_format=torch.contiguous_format)
     codes = words.contiguous().view(torch.uint8)
     return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
 
