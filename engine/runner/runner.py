@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
@@ -152,4 +153,4 @@ def _wants_prompt(row: Row) -> bool:
 
 
 def _with_prompt(result: RowResult, prompt_logprobs: tuple[TokenLogprobs, ...]) -> RowResult:
-    return replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs else result
+    return structs.replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs else result
