@@ -28,7 +28,7 @@ from octavo.engine.parallel.mesh import Mesh
 from octavo.engine.process.inproc import InProcess, rank_thread
 from octavo.engine.process.rank import STARTING_S, RankSpec
 from octavo.engine.process.wire import Begin
-from octavo.engine.quant.gather import matrices
+from octavo.engine.quant.gather import stored_matrices
 from octavo.engine.quant.methods import choose_methods
 from octavo.engine.quant.scheme import read_scheme
 from octavo.engine.runner.buffers import Buffers
@@ -142,8 +142,8 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         if config.load_format == "dummy":
             init_dummy(model, config.seed)
         else:
-            tensors = checkpoint.tensors()
-            load_weights(model, tensors if scheme is None else matrices(tensors, scheme))
+            weights = checkpoint.weights()
+            load_weights(model, weights if scheme is None else stored_matrices(weights, scheme))
     info = EngineInfo(
         model=source.name,
         max_model_len=length,
