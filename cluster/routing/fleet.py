@@ -27,8 +27,8 @@ PLENTY_OF_KV = 0.8
 MAX_PRESSURE = 2.0
 # Looked-up tokens over which a replica's hit rate is averaged.
 HIT_RATE_TOKENS = 16384
-# Of a request that is on its way, so many leading blocks count as held where it was placed: a burst of requests with one
-# new beginning then computes it once.
+# Of a request that is on its way, so many leading blocks count as held where it was placed: a burst of requests with
+# one new beginning then computes it once.
 MAX_COMING = 256
 # A replica not heard of for so long comes after all others.
 STALE_S = 5.0
@@ -193,7 +193,7 @@ class Fleet:
             self._unplace(placing)
 
     def _hits(self, chain: Chain) -> dict[str, int]:
-        """Tokens of the prompt that each replica has cached, or will have by the time that a new request is computed."""
+        """Tokens of the prompt that each replica has cached, or will have when a new request's turn comes."""
         counts = self.index.match(chain)
         if len(self._coming):
             for replica, count in self._coming.match(chain).items():

@@ -1,8 +1,7 @@
 """Policies: which replica a request is best sent to. Pure: no Ray, no torch, no clock, no transport.
 
 A policy ranks replicas by what the fleet knows of them. Costs are in tokens: the prompt tokens that would have to be
-computed there before this request's first token, its own and those that wait before it. A prefix hit of 500 tokens is
-thus worth as much as a queue that is 500 tokens shorter.
+computed there before this request's first token, its own and those that wait before it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from octavo.engine.errors import ConfigError
 
 # Costs that differ by less count as equal: then the node decides, then chance.
 EQUAL_TOKENS = 32.0
+# What has to be computed counts this much more than what waits: it takes time from those who come later, too.
+COMPUTE_WEIGHT = 1.5
 # A session leaves its replica for another one when the load there exceeds FACTOR × the least load + SLACK tokens.
 SESSION_FACTOR = 2.0
 SESSION_SLACK_TOKENS = 4096.0
@@ -60,9 +61,11 @@ class Prefix:
 
     def choose(self, loads: Sequence[Load], num_tokens: int, hits: Mapping[str, int]) -> list[Load]:
         if not hits:
-            costs = [load.waiting + num_tokens * (1.0 + load.pressure) for load in loads]
-        else:
-            costs = [load.waiting + (num_tokens - hits.get(load.replica, 0)) * (1.0 + load.pressure) for load in loads]
+            return _ranked(loads, [load.waiting + num_tokens * load.pressure for load in loads])
+        get = hits.get
+        costs = [
+            load.waiting + (num_tokens - get(load.replica, 0)) * (COMPUTE_WEIGHT + load.pressure) for load in loads
+        ]
         return _ranked(loads, costs)
 
 
@@ -131,15 +134,14 @@ def _mixed(value: int) -> int:
 
 
 def _ranked(loads: Sequence[Load], costs: list[float]) -> list[Load]:
-    """By cost; equals by node, then by chance, lest all ingresses herd to the same one."""
+    """By cost. Of those that equal the best one, local ones first, then by chance, lest all ingresses herd to one."""
     if not loads:
         return []
-    lowest = min(costs)
-    # Steps from the lowest up, so that it is what is lowest that equals are equal to.
-    keys = [
-        2 * int((cost - lowest) / EQUAL_TOKENS) + (not load.is_local) for cost, load in zip(costs, loads, strict=True)
-    ]
-    start = random.randrange(len(keys))
-    order = [*range(start, len(keys)), *range(start)]
-    order.sort(key=keys.__getitem__)
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    enough = costs[order[0]] + EQUAL_TOKENS
+    equal = next((place for place, index in enumerate(order) if costs[index] > enough), len(order))
+    if equal > 1:
+        start = random.randrange(equal)
+        best = order[start:equal] + order[:start]
+        order[:equal] = sorted(best, key=lambda index: not loads[index].is_local)
     return [loads[index] for index in order]

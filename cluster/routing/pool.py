@@ -61,7 +61,7 @@ class Pool:
         return Placing(len(tokens), blocks, request.session_id, frozenset(avoid))
 
     def start(self, receiver: TokenReceiver) -> None:
-        """Subscribe with the replicas there are, and those that come; they dial back to `receiver`, which is started."""
+        """Subscribe with the replicas there are and those that come; they dial back to `receiver`, which is started."""
         address = wire.encode_ingress(receiver.address)
 
         async def subscribe(replica: str) -> None:

@@ -1,4 +1,4 @@
-"""A pool of replicas and its router on a virtual clock: real schedulers, block pools, Fleet and policy; no model, no Ray.
+"""A pool and its router on a virtual clock: real schedulers, block pools, Fleet and policy. No model, no Ray.
 
 What is made up: how long a step takes (CostModel), and that news of a step reach the router NEWS_S later. Requests come
 from a Workload, which may answer what it is sent with a further request (the next turn of a conversation).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from octavo.cluster.routing.fleet import Fleet, Placing
@@ -53,7 +53,7 @@ class Replica:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_model_len: int = 16384
-    cost: CostModel = CostModel(step_s=0.008, token_s=0.00005, kv_position_s=2e-8)
+    cost: CostModel = field(default_factory=lambda: CostModel(step_s=0.008, token_s=0.00005, kv_position_s=2e-8))
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Workloads for the Simulation: conversations, shared system prompts, prompts that share nothing. Seeded; times in s."""
+"""Workloads of the Simulation: conversations, shared system prompts, prompts that share nothing. Seeded. Times in s."""
 
 from __future__ import annotations
 

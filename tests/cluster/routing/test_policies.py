@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from octavo.cluster.routing.policies import (
+    COMPUTE_WEIGHT,
     EQUAL_TOKENS,
     SESSION_SLACK_TOKENS,
     LeastLoaded,
@@ -42,7 +43,7 @@ def test_prefix_minimises_what_is_left_to_compute(seed):
     hits = {f"r{i}": rng.randrange(3000) for i in range(0, 20, 2)}
 
     def cost(load):
-        return load.waiting + (3000 - hits.get(load.replica, 0)) * (1 + load.pressure)
+        return load.waiting + (3000 - hits.get(load.replica, 0)) * (COMPUTE_WEIGHT + load.pressure)
 
     costs = [cost(load) for load in Prefix().choose(given, 3000, hits)]
     assert all(later > earlier - EQUAL_TOKENS for earlier, later in pairwise(costs))
@@ -50,8 +51,9 @@ def test_prefix_minimises_what_is_left_to_compute(seed):
 
 
 def test_a_hit_is_left_for_a_queue_that_is_longer_than_it():
-    assert names(Prefix().choose(loads(900, 0), 2000, {"r0": 1000}))[0] == "r0"
-    assert names(Prefix().choose(loads(1100, 0), 2000, {"r0": 1000}))[0] == "r1"
+    worth = 1000 * COMPUTE_WEIGHT
+    assert names(Prefix().choose(loads(worth - 50, 0), 2000, {"r0": 1000}))[0] == "r0"
+    assert names(Prefix().choose(loads(worth + 50, 0), 2000, {"r0": 1000}))[0] == "r1"
 
 
 def test_scarce_kv_is_avoided():
