@@ -9,6 +9,7 @@ from ray.serve._private.build_app import build_app as build_serve_app
 
 from octavo.cluster.app import APP, INGRESS, engine_name
 from octavo.cluster.config import ModelConfig
+from octavo.cluster.rollout_checks import read_deployment
 
 CONFIGS = sorted((DEPLOY / "serve").glob("*.yaml"))
 # Weights in GB of bfloat16, and GB of the GPU that the file's comments speak of.
@@ -83,6 +84,11 @@ def test_what_holds_on_a_cluster(path):
 def fits(model: ModelConfig) -> bool:
     weights, memory = SIZES.get(model.engine.model, (0, 80))
     return weights / model.engine.num_ranks < 0.8 * memory
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_octavo_deploy_reads_it_too(path):
+    assert [read_deployment(path)] == check_serve_config(load(path))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
