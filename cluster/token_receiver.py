@@ -32,10 +32,12 @@ from octavo.protos.octavo.v1 import tokens_pb2, tokens_pb2_grpc
 logger = logging.getLogger(__name__)
 
 # Pings find a peer whose node or process stands still without a closed connection: after 1 + 2 seconds the call ends.
-# A live process that is cut off by mistake costs its streams a pause and nothing else.
+# A live process that is cut off by mistake costs its streams a pause and nothing else. Without a timeout of the ping
+# itself gRPC waits for 60 s, or, while it has much to send, for about 10, whatever the keepalive's.
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
