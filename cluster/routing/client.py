@@ -114,7 +114,7 @@ class ServeEngineClient:
             self._pool.fleet.ended(placing)
             self._receiver.close(inbox)
             if unfinished:
-                call.cancel()  # type: ignore[no-untyped-call]
+                call.cancel()
 
     async def _acceptance(self, inbox: Inbox, within_s: float | None) -> str:
         started = time.monotonic()

@@ -50,7 +50,8 @@ class Pool:
         internal id, and its RequestRouter finds only one waiting call by an id: a second one would hang.
         """
         remote = getattr(self._handle, method).remote
-        return contextvars.Context().run(remote, *arguments, Call(self.fleet, placing, only, watcher))
+        call = Call(self.fleet, placing, only, watcher)
+        return contextvars.Context().run(lambda: remote(*arguments, call))
 
     def placing(self, request: Request, block_size: int, avoid: Collection[str] = ()) -> Placing:
         """What the fleet is to know of a request. `avoid`: replicas that come last."""

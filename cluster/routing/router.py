@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from octavo.cluster.routing.fleet import Fleet, Placing
 
