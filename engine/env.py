@@ -35,6 +35,8 @@ def prepare_local_cluster(threads: int, haproxy_ports: tuple[int, int] | None) -
     RAY_SERVE_ENABLE_HA_PROXY, with ports for HAProxy's own metrics and statistics: HAProxy in front of the ingress
     instead of Serve's Python proxy; None leaves that one. RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: how long an
     ingress that has nothing left to do stays, for proxies on other nodes to learn of it.
+    RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S: HAProxy is reloaded whenever an ingress comes or goes; how long the one before
+    may go on with its streams.
     """
     settings = {"OMP_NUM_THREADS": str(threads), "RAY_SERVE_LOG_TO_STDERR": "0"}
     if haproxy_ports is not None:
@@ -42,5 +44,6 @@ def prepare_local_cluster(threads: int, haproxy_ports: tuple[int, int] | None) -
         settings["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(haproxy_ports[0])
         settings["RAY_SERVE_HAPROXY_STATS_PORT"] = str(haproxy_ports[1])
         settings["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+        settings["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = "3600"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
