@@ -14,9 +14,7 @@ import asyncio
 import hmac
 import itertools
 import logging
-import math
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -96,7 +94,6 @@ class TokenReceiver:
         self.stats: dict[str, EngineStats] = {}
         self.listeners: list[Listener] = []
         self._on_broken = on_broken
-        self._broken_at = -math.inf
         self._id = secrets.token_hex(4)
         self._token = secrets.token_urlsafe(16)
         self._numbers = itertools.count(1)
@@ -159,10 +156,6 @@ class TokenReceiver:
         for listener in self.listeners:
             listener.on_batch(replica, batch)
 
-    def broken_within(self, seconds: float) -> bool:
-        """Whether a channel broke in the last `seconds`: there may be a replica that takes calls and answers none."""
-        return time.monotonic() - self._broken_at < seconds
-
     def lose(self, replica: str, carried: set[int], broken_host: str | None = None) -> None:
         """The channel is gone: the requests it carried, as far as they are unfinished, end with ReplicaLost.
 
@@ -176,7 +169,6 @@ class TokenReceiver:
             if inbox is not None:
                 inbox.fail(ReplicaLost(f"Replica {replica} went away while it served the request."))
         if broken_host is not None:
-            self._broken_at = time.monotonic()
             self._on_broken(replica, broken_host)
 
 

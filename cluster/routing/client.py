@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from octavo.cluster import wire
 from octavo.cluster.ingress.client import ReplicaLost
-from octavo.cluster.routing.fleet import Fleet
+from octavo.cluster.routing.fleet import Fleet, Placing
 from octavo.cluster.routing.policies import Prefix
 from octavo.cluster.routing.pool import Pool
 from octavo.cluster.token_receiver import Inbox, TokenReceiver
@@ -30,10 +30,9 @@ from octavo.protos.octavo.v1 import tokens_pb2
 
 # The control call has said that all deltas are sent; how much later than that they may arrive.
 LAST_DELTAS_S = 10.0
-# A replica accepts as soon as it hears of a request. For so long after a channel broke, one that does not accept within
-# ACCEPT_S may be that of the broken channel: Ray can take much longer than we to believe that it is gone.
-SUSPICION_S = 60.0
-ACCEPT_S = 3.0
+# A replica accepts as soon as it hears of a request. Ray can take much longer than we to believe that one is gone, so
+# while a request is not accepted, it is looked so often whether its replica is still heard of.
+LOOK_S = 0.5
 MAX_INDEX_BLOCKS = 1 << 20
 STATS_S = 2.0  # how long one replica's snapshot is waited for
 
@@ -103,7 +102,7 @@ class ServeEngineClient:
         self._watch(call, inbox)
         unfinished = len(request.sequences)
         try:
-            accepted(await self._acceptance(inbox, within_s))
+            accepted(await self._acceptance(inbox, placing, within_s))
             while unfinished:
                 delta = await inbox.mailbox.take()
                 if placing.replica is not None:
@@ -116,13 +115,15 @@ class ServeEngineClient:
             if unfinished:
                 call.cancel()
 
-    async def _acceptance(self, inbox: Inbox, within_s: float | None) -> str:
+    async def _acceptance(self, inbox: Inbox, placing: Placing, within_s: float | None) -> str:
         started = time.monotonic()
         waited, left_s = 0.0, math.inf if within_s is None else within_s
-        while not await inbox.settled(min(ACCEPT_S, left_s - waited)):
+        while not await inbox.settled(min(LOOK_S, left_s - waited)):
             waited = time.monotonic() - started
-            if waited >= left_s or self._receiver.broken_within(SUSPICION_S):
+            if waited >= left_s:
                 raise ReplicaLost(f"No replica has taken the request for {waited:.1f} s.")
+            if placing.replica is not None and self._pool.fleet.is_lost(placing.replica):
+                raise ReplicaLost(f"Replica {placing.replica} is not heard of and has not taken the request.")
         if inbox.replica is None:
             await inbox.mailbox.take()  # raises what it failed with
         return inbox.replica or ""

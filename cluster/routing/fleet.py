@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,8 @@ HIT_RATE_TOKENS = 16384
 # Of a request that is on its way, so many leading blocks count as held where it was placed: a burst of requests with
 # one new beginning then computes it once.
 MAX_COMING = 256
+# Prompts that are remembered from one tidying to the next.
+MAX_USED = 1024
 # A replica not heard of for so long comes after all others.
 STALE_S = 5.0
 
@@ -68,6 +71,7 @@ class Fleet:
         self.index = BlockIndex(max_index_blocks)
         self._coming = BlockIndex(max_index_blocks)  # blocks that requests on their way will have computed
         self.metrics = metrics or RoutingMetrics()
+        self._used: deque[tuple[Chain, int]] = deque(maxlen=MAX_USED)
         self._policy = policy
         self._members: dict[str, _Member] = {}
         self._usable: list[Load] = []  # of members that are heard of
@@ -127,6 +131,11 @@ class Fleet:
                 member.is_lost = True
                 self._sort_out()
 
+    def is_lost(self, replica: str) -> bool:
+        """Whether the replica is there and nothing is heard of it."""
+        member = self._members.get(replica)
+        return member is not None and member.is_lost
+
     def check_ages(self, now: float) -> None:
         """Put those behind that have been silent for long. To be called about once a second."""
         with self._lock:
@@ -135,9 +144,11 @@ class Fleet:
                     member.is_lost = True
             self._sort_out()
 
-    def sweep(self) -> Iterator[None]:
-        """Tidy the index; each step takes about a millisecond, and decisions may be made between them."""
-        steps = itertools.chain(self.index.sweep(), self._coming.sweep())
+    def tidy(self) -> Iterator[None]:
+        """Keep the index in order: what was used is forgotten last, what was left is removed. To be called about once a
+        second; each step takes about a millisecond, and decisions may be made between them.
+        """
+        steps = itertools.chain(self._touch_used(), self.index.sweep(), self._coming.sweep())
         while True:
             with self._lock:
                 if next(steps, self) is self:
@@ -201,11 +212,17 @@ class Fleet:
                     counts[replica] = count
         return {replica: count * chain.block_size for replica, count in counts.items()}
 
+    def _touch_used(self) -> Iterator[None]:
+        while self._used:
+            self.index.touch(*self._used.popleft())
+            yield
+
     def _expect(self, placing: Placing) -> None:
         """After the decision: remember what the request uses, and what it will bring."""
         chain = placing.chain
         num_held = placing.predicted // chain.block_size
-        self.index.touch(chain, num_held)
+        if num_held:
+            self._used.append((chain, num_held))
         if placing.replica is not None and num_held < MAX_COMING:
             placing.num_coming = min(len(chain), MAX_COMING)
             self._coming.store(placing.replica, chain.names(placing.num_coming)[: placing.num_coming])

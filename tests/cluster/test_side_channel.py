@@ -12,7 +12,9 @@ from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.cluster.progress import Progress
 from octavo.cluster.replica import Host
 from octavo.cluster.routing import client as routing_client
+from octavo.cluster.routing.fleet import Placing
 from octavo.cluster.token_receiver import TokenReceiver
+from octavo.engine.core.prefix import Chain
 from octavo.engine.errors import CapacityError, RankLost, RequestError
 from octavo.protos.octavo.v1 import tokens_pb2, tokens_pb2_grpc
 
@@ -277,7 +279,6 @@ async def test_an_accepted_request_is_lost_with_its_channel_before_its_first_tok
         with pytest.raises(ReplicaLost):
             await task
     assert broken == [("replica-1", "127.0.0.1")]
-    assert receiver.broken_within(1.0)
     await collect(client, request())
     await replica.close()
     await until(lambda: not receiver.stats)
@@ -300,19 +301,27 @@ async def test_what_an_old_attempt_still_sends_reaches_nobody(side):
 
 
 async def test_a_request_that_no_replica_accepts(side, monkeypatch):
-    _, client, receiver = side
+    _, client, _ = side
     never = asyncio.get_running_loop().create_future
     monkeypatch.setattr(type(client._handle), "generate", _Never(never), raising=False)
     with pytest.raises(ReplicaLost, match="No replica has taken"):
         async for _ in client.attempt(request(), print, within_s=0.1):
             pass
-    monkeypatch.setattr(routing_client, "ACCEPT_S", 0.05)
-    waiting = asyncio.create_task(collect(client, request()))  # nobody is under suspicion: it may be a cold start
+    monkeypatch.setattr(routing_client, "LOOK_S", 0.05)
+    fleet = client._pool.fleet
+    fleet.set_replicas({"replica-1": True})
+    monkeypatch.setattr(client._pool, "placing", lambda *given: _placed(Placing(8, Chain((), 16)), fleet))
+    waiting = asyncio.create_task(collect(client, request()))
     await asyncio.sleep(0.2)
     assert not waiting.done()
-    receiver._broken_at = time.monotonic()
-    with pytest.raises(ReplicaLost, match="No replica has taken"):
+    fleet.lose("replica-1")
+    with pytest.raises(ReplicaLost, match="replica-1 is not heard of"):
         await waiting
+
+
+def _placed(placing, fleet):
+    fleet.place(placing)
+    return placing
 
 
 class _Never:
