@@ -53,7 +53,7 @@ def at_start(model: ModelConfig) -> int:
 
 def _on_gpu(model: ModelConfig, gpus: float) -> bool:
     device = model.engine.device
-    return device == "cuda" or (device == "auto" and gpus >= 1 and model.engine.model != "fake")
+    return device == "cuda" or (device == "auto" and gpus >= 1 and not model.engine.is_fake)
 
 
 def _ranks(model: ModelConfig) -> int:

@@ -184,6 +184,8 @@ class ModelConfig:
         """What the model is called before anything of it has been opened."""
         if self.served_model_name:
             return self.served_model_name[0]
+        if self.engine.is_fake:
+            return "fake"
         return re.split(r"[/\\]", self.engine.model.rstrip("/\\"))[-1].removesuffix(".gguf")
 
     @property

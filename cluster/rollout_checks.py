@@ -75,7 +75,7 @@ def is_path(name: str) -> bool:
 
 def _check_model(model: ModelConfig, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     name = model.engine.model
-    if name == "fake":
+    if model.engine.is_fake:
         return []
     if not is_path(name):
         _check_name(name)

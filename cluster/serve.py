@@ -183,7 +183,7 @@ def _prepare_model(config: ModelConfig) -> ModelConfig:
     from octavo.engine.loader.source import resolve_model
 
     engine = config.engine
-    if engine.model == "fake":
+    if engine.is_fake:
         return config
     model = resolve_model(engine.model, revision=engine.revision, download_dir=engine.download_dir, progress=Terminal())
     names = config.served_model_name or (model.served_model_name,)

@@ -10,8 +10,7 @@ from octavo.engine.text.tokenizer import Tokenizer, load_tokenizer
 
 def tokenizer_of(config: EngineConfig) -> Tokenizer:
     """The model's tokenizer, or the one that `config.tokenizer` names. Raises ConfigError if there is none."""
-    name = config.tokenizer or config.model
-    if name == "fake":
+    if config.tokenizer is None and config.is_fake:
         return ByteTokenizer()
-    source = resolve_model(name, revision=config.revision, download_dir=config.download_dir)
+    source = resolve_model(config.tokenizer or config.model, revision=config.revision, download_dir=config.download_dir)
     return load_tokenizer(source.path, trust_remote_code=config.trust_remote_code)

@@ -80,7 +80,7 @@ def build_engine(config: EngineConfig, report: Report | None = None, options: Ra
         phases = Phases(report)
         engine = build_ranks(config, phases, options or RankOptions())
         return replace(engine, info=replace(engine.info, phases=tuple(phases.done)))
-    if config.model == "fake":
+    if config.is_fake:
         return build_fake(config)
     from octavo.engine.runner.build import build_local  # imports torch
 
@@ -90,14 +90,14 @@ def build_engine(config: EngineConfig, report: Report | None = None, options: Ra
 def build_fake(config: EngineConfig) -> Engine:
     """An engine without a model: FakeRunner and the byte tokenizer's vocabulary. Starts at once, without torch."""
     info = fake_info(config)
-    return assemble(config, info, fake_runner(info))
+    return assemble(config, info, fake_runner(config, info))
 
 
-def fake_runner(info: EngineInfo, stages: int = 1) -> FakeRunner:
+def fake_runner(config: EngineConfig, info: EngineInfo, stages: int = 1) -> FakeRunner:
     """One rank of an engine without a model."""
-    from octavo.engine.runner.fake import CostModel, FakeRunner
+    from octavo.engine.runner.fake import FakeRunner, cost_of
 
-    return FakeRunner(info.num_blocks, info.block_size, cost=CostModel(step_s=0.001), stages=stages)
+    return FakeRunner(info.num_blocks, info.block_size, cost=cost_of(config.model), stages=stages)
 
 
 def fake_info(config: EngineConfig) -> EngineInfo:

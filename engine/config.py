@@ -21,7 +21,8 @@ Quantization = Literal["auto", "none", "int8", "int4", "fp8", "gguf", "gptq", "a
 class EngineConfig:
     """One replica's engine.
 
-    model: local Hugging Face folder, `.gguf` file, hub id, or the name of a preset in configs/models/.
+    model: local Hugging Face folder, `.gguf` file, hub id, or the name of a preset in configs/models/. `fake` = none at
+        all, for trying out what is around a model; `fake:step_ms=20,token_us=50` says how slow it is.
     tokenizer: a source of the same kinds for the tokenizer alone; None = the model's.
     max_model_len: longest prompt + output in tokens; None = the model's own limit, lowered to what the KV pool holds.
     num_gpu_blocks_override: exact number of KV blocks (on CPU too; the name is vLLM's).
@@ -78,6 +79,11 @@ class EngineConfig:
     @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def is_fake(self) -> bool:
+        """Whether there is no model at all (see `model`)."""
+        return self.model == "fake" or self.model.startswith("fake:")
 
     def __post_init__(self) -> None:
         _at_least("max_model_len", self.max_model_len, 2)

@@ -102,6 +102,8 @@ class EngineStats:
     preemptions: int = 0
     last_step_at: float = 0.0  # clock of the newest finished step
     prefill_tokens: int = 0  # prompt tokens not yet computed of running sequences
+    first_tokens: int = 0  # requests that have got one
+    first_token_s: float = 0.0  # from being queued here to their first token, all of them together
 
     @property
     def kv_usage(self) -> float:

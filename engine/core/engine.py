@@ -48,13 +48,19 @@ class EngineCore:
         self._lag = lag
         self._in_flight = 0
         self._last_step_at = clock()
+        self._queued_at: dict[str, float] = {}  # of requests without a token
+        self._first_tokens, self._first_token_s = 0, 0.0
 
     def add(self, request: Request) -> list[TokenDelta]:
         """Queue a request. Raises RequestError or CapacityError. Returns what ends at once (see Scheduler.add)."""
-        return self.scheduler.add(request)
+        ended = self.scheduler.add(request)
+        if self.scheduler.is_live(request.request_id):
+            self._queued_at[request.request_id] = self.clock()
+        return ended
 
     def abort(self, request_id: str) -> list[TokenDelta]:
         """End a request now: its blocks are free before the next step is planned."""
+        self._queued_at.pop(request_id, None)
         return self.scheduler.abort(request_id)
 
     @property
@@ -75,6 +81,8 @@ class EngineCore:
         except StepError as error:
             deltas = self.scheduler.fail(str(error))
         self._last_step_at = self.clock()
+        if self._queued_at:
+            self._note_first_tokens(deltas)
         return deltas
 
     def check(self) -> None:
@@ -82,10 +90,22 @@ class EngineCore:
         self.process.check()
 
     def stats(self) -> EngineStats:
-        return replace(self.scheduler.stats(), last_step_at=self._last_step_at)
+        return replace(
+            self.scheduler.stats(),
+            last_step_at=self._last_step_at,
+            first_tokens=self._first_tokens,
+            first_token_s=self._first_token_s,
+        )
 
     def ranks(self) -> tuple[RankStatus, ...]:
         return self.process.ranks()
+
+    def _note_first_tokens(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            queued_at = self._queued_at.pop(delta.request_id, None)
+            if queued_at is not None and delta.token_ids:
+                self._first_tokens += 1
+                self._first_token_s += self._last_step_at - queued_at
 
     def close(self) -> None:
         self.process.close()

@@ -185,7 +185,7 @@ def _check_room(num_ranks: int, num_cpus: float, num_gpus: int, nodes: Any) -> N
 
 
 def _gpus_per_rank(config: EngineConfig, nodes: Any) -> int:
-    if config.device == "cpu" or config.model == "fake":
+    if config.device == "cpu" or config.is_fake:
         return 0
     return int(config.device == "cuda" or any(node.resources.get("GPU", 0) >= 1 for node in nodes))
 

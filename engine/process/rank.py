@@ -165,7 +165,7 @@ def _report(line: Line, error: Exception) -> None:
 
 
 def _builder(config: EngineConfig, phases: Phases) -> Builder:
-    if config.model == "fake":
+    if config.is_fake:
         return FakeBuilder()
     with phases.phase("import torch"):
         from octavo.engine.runner.build import RankBuilder
@@ -253,7 +253,7 @@ class FakePart:
     def allocate(self, num_blocks: int, max_model_len: int) -> Executes:
         from octavo.engine.build import fake_runner
 
-        return _Paced(fake_runner(self.info, self._spec.layout.pp))
+        return _Paced(fake_runner(self._spec.config, self.info, self._spec.layout.pp))
 
     def close(self) -> None:
         """There is nothing to close."""

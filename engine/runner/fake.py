@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
+from octavo.engine.errors import ConfigError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import RankStatus, TokenLogprobs
 
@@ -32,6 +33,20 @@ class CostModel:
     def seconds(self, plan: StepPlan) -> float:
         positions = sum(row.start + row.num_tokens for row in plan.rows)
         return self.step_s + self.token_s * plan.num_tokens + self.kv_position_s * positions
+
+
+def cost_of(model: str) -> CostModel:
+    """How slow a fake model is by its name: `fake`, `fake:step_ms=20`, `fake:step_ms=20,token_us=50,kv_position_ns=20`.
+
+    Raises ConfigError for what is no such name.
+    """
+    costs = {"step_ms": 1.0, "token_us": 0.0, "kv_position_ns": 0.0}
+    for part in filter(None, model.removeprefix("fake").removeprefix(":").split(",")):
+        name, _, value = part.partition("=")
+        if name not in costs or not value.replace(".", "", 1).isdecimal():
+            raise ConfigError(f"{part!r} is no cost of a fake model: write {', '.join(costs)} = a number.")
+        costs[name] = float(value)
+    return CostModel(costs["step_ms"] * 1e-3, costs["token_us"] * 1e-6, costs["kv_position_ns"] * 1e-9)
 
 
 class VirtualClock:
