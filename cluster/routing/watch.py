@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SUBSCRIBE_S = 10.0
 RETRY_S = (0.1, 0.3, 1.0, 2.0)
 CHECK_S = 1.0
-SWEEP_STEP_S = 0.002
+TIDY_STEP_S = 0.002
 
 
 class Watch:
@@ -104,5 +104,5 @@ class Watch:
         while True:
             await asyncio.sleep(CHECK_S)
             self._fleet.check_ages(time.monotonic())
-            for _ in self._fleet.sweep():
-                await asyncio.sleep(SWEEP_STEP_S)
+            for _ in self._fleet.tidy():
+                await asyncio.sleep(TIDY_STEP_S)

@@ -89,7 +89,7 @@ def test_blocks_attract_until_they_are_evicted_or_their_replica_leaves():
     assert {first(made, tokens(1, 800)) for _ in range(50)} == {*"ac"}
     made.change("b", changes(prompt))  # late news
     assert made.index.match(Chain(prompt, SIZE)) == {}
-    for _ in made.sweep():
+    for _ in made.tidy():
         pass
     assert len(made.index) == 0
 
@@ -167,7 +167,7 @@ def test_news_and_decisions_from_several_threads():
                     case 2:
                         made.set_replicas(dict.fromkeys(rng.sample("abc", 2), False))
                     case 3:
-                        for _ in made.sweep():
+                        for _ in made.tidy():
                             pass
                     case _:
                         asked = placing(prompt)
@@ -183,3 +183,16 @@ def test_news_and_decisions_from_several_threads():
         thread.join()
     assert not errors
     assert not any(member.own_tokens for member in made._members.values())
+
+
+def test_what_is_used_is_forgotten_last():
+    made = Fleet(make_policy("prefix"), 100)
+    made.set_replicas({"a": False})
+    made.change("a", changes(tokens(0, 50 * SIZE)))
+    made.change("a", changes(tokens(1, 50 * SIZE)))
+    first(made, tokens(0, 50 * SIZE))
+    for _ in made.tidy():
+        pass
+    made.change("a", changes(tokens(2, 50 * SIZE)))
+    assert made.index.match(Chain(tokens(0, 50 * SIZE), SIZE)) == {"a": 50}
+    assert made.index.match(Chain(tokens(1, 50 * SIZE), SIZE)) == {}
