@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ from octavo.cluster.rollout_checks import check, read_deployment
 from octavo.engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from octavo.cluster.overview import Deployment, Overview
+    from octavo.cluster.overview import Deployment, Overview, Replica
 
 POLL_S = 0.5
 KINDS = {"new": "green", "restart": "yellow", "in place": "cyan", "removed": "red", "unchanged": "dim"}
@@ -138,16 +138,19 @@ def _roll_out(
 ) -> int:
     started = time.monotonic()
     _start_serve(*listen)
+    were = _apply(config)
+    restarted = {change.deployment for change in changes if change.kind == "restart"}
     try:
-        _watch(console, _apply(config), {c.deployment for c in changes if c.kind == "restart"}, timeout)
+        _watch(console, were, {r.id for r in _running(were) if r.deployment in restarted}, timeout)
     except Failed as failure:
         console.print(Text(f"Failed: {failure}", style="bold red"))
         if before is None:
             console.print("Nothing ran before; `octavo undeploy` clears away what is left.")
             return 1
         console.print("The configuration that ran before is put back.")
+        are = _apply(before)
         try:
-            _watch(console, _apply(before), set(), timeout)
+            _watch(console, are, {r.id for r in _running(are)} - {r.id for r in _running(were)}, timeout)
         except Failed as again:
             console.print(Text(f"That failed too: {again}", style="bold red"))
         else:
@@ -188,15 +191,14 @@ def _apply(config: DeploymentConfig) -> Overview:
     return before
 
 
-def _watch(console: Console, before: Overview, restarted: set[str], timeout: float) -> None:
+def _watch(console: Console, before: Overview, old: set[str], timeout: float) -> None:
     """Until everything runs that shall. Raises Failed with the first sentence of a replica that cannot.
 
-    before: from before the change; what it says of failures is old.
+    before: from before the change; what it says of failures is old. old: ids of the replicas that have to go.
     """
     from octavo.cluster.app import APP
     from octavo.cluster.overview import look
 
-    old = {r.id for r in before.replicas if r.state == "RUNNING" and r.deployment in restarted}
     stale = set(messages(before))
     deadline = time.monotonic() + timeout
     said = ""
@@ -235,7 +237,7 @@ def is_up(overview: Overview, old: set[str]) -> bool:
 
 def _is_up(deployment: Deployment, overview: Overview, old: set[str]) -> bool:
     replicas = [replica for replica in overview.replicas if replica.deployment == deployment.name]
-    running = [replica for replica in replicas if replica.state == "RUNNING"]
+    running = _running(overview, deployment.name)
     settled = all(replica.state in ("RUNNING", "STOPPING") for replica in replicas)
     return settled and len(running) == deployment.wanted and not any(replica.id in old for replica in running)
 
@@ -247,7 +249,7 @@ def progress(overview: Overview, old: set[str]) -> str:
         replicas = [replica for replica in overview.replicas if replica.deployment == deployment.name]
         if deployment.status == "HEALTHY" and all(replica.state == "RUNNING" for replica in replicas):
             continue
-        running = [replica for replica in replicas if replica.state == "RUNNING"]
+        running = _running(overview, deployment.name)
         kept = sum(replica.id in old for replica in running)
         stopping = [replica for replica in replicas if replica.state == "STOPPING"]
         live = sum(r.status.stats.num_running + r.status.stats.num_waiting for r in stopping if r.status is not None)
@@ -259,7 +261,11 @@ def progress(overview: Overview, old: set[str]) -> str:
     return "; ".join(parts)
 
 
-def _starting(replicas: Sequence[Any]) -> int:
+def _running(overview: Overview, deployment: str | None = None) -> list[Replica]:
+    return [r for r in overview.replicas if r.state == "RUNNING" and deployment in (None, r.deployment)]
+
+
+def _starting(replicas: Sequence[Replica]) -> int:
     return sum(replica.state in ("STARTING", "UPDATING", "RECOVERING") for replica in replicas)
 
 
