@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray import serve
@@ -28,7 +29,7 @@ def drain_flag() -> Callable[[], bool]:
     """A function that says whether Serve drains the replica whose process this is."""
     worker = ray._private.worker.global_worker
     actor = worker.actors.get(worker.actor_id)
-    replica = getattr(actor, "_replica_impl", None)
+    replica: Any = getattr(actor, "_replica_impl", None)
     if not hasattr(replica, "_shutting_down"):
         logger.warning("this version of Ray Serve does not show that it drains a replica: nothing is handed over")
         return lambda: False
@@ -38,7 +39,8 @@ def drain_flag() -> Callable[[], bool]:
 def end_process(error: BaseException) -> None:
     """Record why, and end the process: Serve replaces a dead replica at its next look, a sick one after three."""
     replica = serve.get_replica_context().replica_id.unique_id
-    failure = Failure(time.time(), replica, ray.util.get_node_ip_address(), str(error))
+    node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    failure = Failure(time.time(), replica, node, str(error))
     logger.critical("the replica ends: %s", failure)
     telling = threading.Thread(target=record, args=(failure,), daemon=True)
     telling.start()

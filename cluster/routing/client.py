@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -70,7 +70,7 @@ class ServeEngineClient:
         """Asks every replica; those that do not answer are left out."""
         try:
             # results_async would wait for all, and a replica that hangs is one of them.
-            asked = await self._handle.broadcast("stats")._fetch_replica_results_async()
+            asked: Sequence[Any] = await self._handle.broadcast("stats")._fetch_replica_results_async()
         except (RayError, RayServeException) as error:
             raise _translated(error) from error
         answers = (asyncio.wait_for(result.get_async(), STATS_S) for result in asked)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from fakes import INFO, request, until
@@ -119,7 +119,8 @@ def test_any_chain_of_losses(ends, n, stops):
     error = asyncio.run(read(FailoverClient(Replicas(losses), 5.0), given, got))
     assert error is None or "in a row" in str(error)
     for index in range(n):
-        want, have = ([d for d in deltas if d.index == index] for deltas in (whole, got))
+        # What a sample finds cached depends on whether another one still runs beside it.
+        want, have = ([replace(d, num_cached_tokens=0) for d in deltas if d.index == index] for deltas in (whole, got))
         if error is None:
             assert len(have) == len(want)
         tokens = [t for d in have for t in d.token_ids]
@@ -206,7 +207,7 @@ async def test_what_was_cached_first_is_what_is_told():
         async def attempt(self, *args, **kwargs):
             cached = 16 * len(self.seen)
             async for delta in super().attempt(*args, **kwargs):
-                yield failover.replace(delta, num_cached_tokens=cached)
+                yield replace(delta, num_cached_tokens=cached)
 
     deltas = await collect(FailoverClient(Cached([lost(2)]), 5.0), request())
     assert {delta.num_cached_tokens for delta in deltas} == {0}

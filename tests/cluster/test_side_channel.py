@@ -72,7 +72,7 @@ async def test_many_requests_share_one_channel(side, monkeypatch):
     for i, (tokens, _) in enumerate(answers):
         assert tokens == {0: straight(request(prompt=8 + i, max_tokens=20))}
     assert len(replica._sender._channels) == 1
-    assert max(batches) == 8  # one message for a step of eight
+    assert max(batches) >= 8  # one message for a step of eight, or for several of them
     assert len(batches) < 8 * 20 / 2
     assert not receiver._open
 
