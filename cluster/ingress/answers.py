@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
 from octavo.cluster.ingress.errors import failure
-from octavo.cluster.ingress.generation import Generation, Piece
+from octavo.cluster.ingress.generation import Generation, Piece, join
 from octavo.cluster.ingress.presence import ClientGone, stay
 from octavo.cluster.ingress.visit import Places, Visit
 
@@ -161,17 +161,3 @@ class _Stream:
             self.opened = True
             await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             await self._send({"type": "http.response.body", "body": b"".join(self._opening), "more_body": True})
-
-
-def join(pieces: Sequence[Piece]) -> Piece:
-    """The pieces of one choice, in order, as one."""
-    first, last = pieces[0], pieces[-1]
-    return Piece(
-        index=first.index,
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        first=True,
-    )

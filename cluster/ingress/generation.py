@@ -1,4 +1,4 @@
-"""One HTTP request's generation: token deltas in, pieces of text out, of all its prompts and sequences.
+"""One client request's generation: token deltas in, pieces of text out, of all its prompts and sequences.
 
 Knows engines through EngineClient and text through TextStream. Does not know OpenAI's shapes: those are made of pieces.
 """
@@ -27,7 +27,7 @@ from octavo.engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
 class Piece:
     """What became certain of one sequence: text that no stop string can take back, and the tokens it is made of.
 
-    `index`: the choice's number among all of the HTTP request. `first`: the sequence's first piece.
+    `index`: the choice's number among all of the client's request. `first`: the sequence's first piece.
     """
 
     index: int
@@ -39,11 +39,26 @@ class Piece:
     first: bool = False
 
 
+def join(pieces: Sequence[Piece]) -> Piece:
+    """The pieces of one choice, in order, as one."""
+    first, last = pieces[0], pieces[-1]
+    return Piece(
+        index=first.index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        first=True,
+    )
+
+
 class Choice:
     """One sequence on its way to the client. Holds tokens back until some of their text is certain."""
 
-    def __init__(self, index: int, stream: TextStream) -> None:
+    def __init__(self, index: int, stream: TextStream, has_text: bool = True) -> None:
         self.index = index
+        self._has_text = has_text
         self.num_tokens = 0  # generated, as far as they were used
         self.finish_reason: FinishReason | None = None
         self._stream = stream
@@ -61,7 +76,7 @@ class Choice:
         self.finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         if pushed.stop is not None:
             self.finish_reason, stop_reason = "stop", pushed.stop
-        if not pushed.text and self.finish_reason is None:
+        if self._has_text and not pushed.text and self.finish_reason is None:
             return None
         piece = Piece(
             index=self.index,
@@ -79,7 +94,7 @@ class Choice:
 
 
 class Generation:
-    """The engine requests of one HTTP request, run side by side.
+    """The engine requests of one client request, run side by side.
 
     `requests[i]` continues `prompts[i]`; its sequence j is the choice i × n + j. Counters are valid at any time and
     final once `pieces` has ended, however it did. only_scores: what is generated is thrown away.
@@ -100,7 +115,7 @@ class Generation:
         self.requests = requests
         self.n = requests[0].params.n
         self.choices = [
-            Choice(index, TextStream(tokenizer, request.prompt_token_ids, request.params))
+            Choice(index, TextStream(tokenizer, request.prompt_token_ids, request.params), request.params.detokenize)
             for index, request in enumerate(request for request in requests for _ in range(self.n))
         ]
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)

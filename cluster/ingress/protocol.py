@@ -8,9 +8,10 @@ for something octavo cannot do yet is refused, by name; a field nobody knows is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, PrivateAttr, ValidationError
 
 from octavo.engine.errors import RequestError
 
@@ -155,8 +156,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """What a request may ask for that OpenAI's bodies have no field for: over gRPC, not over HTTP.
+
+    fill_context: max_tokens is what the context has room for. The others: see SamplingParams.
+    """
+
+    fill_context: bool = False
+    detokenize: bool = True
+    skip_reading_prefix_cache: bool | None = None
+
+
 class GenerationBody(Body):
     """What completions and chat completions have in common."""
+
+    _beyond: Beyond = PrivateAttr(default=Beyond())
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -190,6 +205,14 @@ class GenerationBody(Body):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+
+    @property
+    def beyond(self) -> Beyond:
+        return self._beyond
+
+    @beyond.setter
+    def beyond(self, value: Beyond) -> None:
+        self._beyond = value
 
 
 class CompletionBody(GenerationBody):
@@ -252,6 +275,7 @@ class DetokenizeBody(Body):
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
@@ -260,6 +284,16 @@ def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
         return kind.model_validate_json(data)
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def body_of(kind: type[AnyModel], values: Mapping[str, Any], place: str = "") -> AnyModel:
+    """The same of values that came otherwise. `place`: put before the name of a field that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        refusal = _refusal(error)
+        param = f"{place}.{refusal.param}" if place else refusal.param
+        raise RequestError(f"{place}.{refusal.message}" if place else refusal.message, param) from None
 
 
 def _refusal(error: ValidationError) -> RequestError:

@@ -45,12 +45,14 @@ def sampling_params(
         min_tokens=_or(body.min_tokens, 0),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        detokenize=body.beyond.detokenize,
         skip_special_tokens=_or(body.skip_special_tokens, True),
         spaces_between_special_tokens=_or(body.spaces_between_special_tokens, True),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         logit_bias={} if not body.logit_bias else body.logit_bias,  # type: ignore[arg-type]  # keys become ints there
         allowed_token_ids=_allowed(body.allowed_token_ids),
         bad_words=tuple(body.bad_words or ()),
+        skip_reading_prefix_cache=body.beyond.skip_reading_prefix_cache,
     )
     return params if params.seed is not None else params.replace(seed=secrets.randbits(63))
 
@@ -65,6 +67,8 @@ def _max_tokens(body: GenerationBody, defaults: GenerationDefaults, prompt_token
     name, asked = "max_tokens", body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         name, asked = "max_completion_tokens", body.max_completion_tokens
+    if body.beyond.fill_context:
+        return room
     if asked is None:
         default = DEFAULT_COMPLETION_TOKENS if isinstance(body, CompletionBody) else _or(defaults.max_tokens, room)
         return max(min(room, default), min(room, _or(body.min_tokens, 0)))
