@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import pickle
 import random
 import time
 
@@ -9,12 +10,14 @@ import pytest
 import ray
 from ray import serve
 from ray.serve.context import _RequestContext, _serve_request_context
+from ray.serve.request_router import RunningReplica
 
 from octavo.cluster.app import engine_name, engine_pool
 from octavo.cluster.config import ModelConfig
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.routing.fleet import Fleet
-from octavo.cluster.routing.policies import make_policy
+from octavo.cluster.routing.policies import Load, keep_session, make_policy
+from octavo.cluster.routing.router import Call
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.core.prefix import Chain
 from octavo.engine.params import SamplingParams
@@ -129,8 +132,6 @@ async def test_an_evicted_block_attracts_nobody(ingress):
 
 def session_of(ingress, replica):
     """A session whose own replica is `replica`."""
-    from octavo.cluster.routing.policies import Load, keep_session
-
     loads = [Load(name) for name in ingress.fleet.replicas]
     return next(str(i) for i in range(1000) if keep_session(loads, str(i))[0].replica == replica)
 
@@ -140,6 +141,33 @@ async def test_a_session_stays(ingress):
     assert len(replicas) == 1
     for replica in ingress.fleet.replicas:
         assert (await ingress.send(text(replica, 50), session_id=session_of(ingress, replica)))[0] == replica
+
+
+async def test_no_replica_is_asked_for_its_queue_unless_it_was_unreachable(ingress, monkeypatch):
+    asked = []
+
+    async def get_queue_len(self, *, deadline_s):
+        asked.append(self.replica_id)
+        return 0
+
+    monkeypatch.setattr(RunningReplica, "get_queue_len", get_queue_len)
+    router = ingress.client._handle._router._asyncio_router.request_router
+    for replica in router.curr_replicas:
+        router.replica_queue_len_cache.invalidate_key(replica)  # as after 10 s without a request
+    for number in range(9):
+        await ingress.send(text(("asked", number), 50))
+    assert not asked
+    (first, *_) = router.curr_replicas
+    router.on_replica_actor_unavailable(first)
+    session = session_of(ingress, first.unique_id)
+    assert (await ingress.send(text("asked", 50), session_id=session))[0] == first.unique_id
+    assert asked == [first]
+
+
+def test_what_the_router_is_told_is_not_sent():
+    call = Call(Fleet(make_policy("prefix"), 10), only="someone")
+    assert pickle.loads(pickle.dumps(call)) is None
+    assert len(pickle.dumps(call)) < 50
 
 
 async def test_calls_of_one_http_request_do_not_wait_for_each_other(ingress):
