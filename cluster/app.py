@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from octavo.cluster.config import DeploymentConfig, ModelConfig
+from octavo.cluster.ingress.grpc.host import RpcHost
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
 from octavo.cluster.observability.routing import RoutingMetrics
@@ -86,8 +87,11 @@ class EngineHost(EngineReplica):
 
 
 @serve.ingress()
-class IngressHost:
-    """Builds the HTTP application of one ingress. `engines[i]` is the pool of `config.models[i]`."""
+class IngressHost(RpcHost):
+    """Builds the HTTP application of one ingress, and answers its gRPC calls, where Serve takes any.
+
+    `engines[i]` is the pool of `config.models[i]`.
+    """
 
     def __init__(self, config: DeploymentConfig, engines: Sequence[DeploymentHandle[Any]]) -> None:
         show_logs(config.log_level)
@@ -100,7 +104,9 @@ class IngressHost:
 
         await self._receiver.start(node_address())
         pools = zip(self._config.models, self._engines, strict=True)
-        return create_app([await self._service(model, engine) for model, engine in pools])
+        app = create_app([await self._service(model, engine) for model, engine in pools])
+        self.start_rpc(app.state.catalog)
+        return app
 
     async def __del__(self) -> None:
         if hasattr(self, "_receiver"):
