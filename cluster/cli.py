@@ -38,6 +38,10 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel="Server")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535, rich_help_panel="Server")] = 8000,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(help="Port for gRPC; without it there is none.", min=1, max=65535, rich_help_panel="Server"),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +52,7 @@ def serve(
     haproxy: Annotated[bool, typer.Option(help="HAProxy in front, where installed.", rich_help_panel="Ray")] = True,
     **settings: Any,
 ) -> None:
-    """Serve a model over OpenAI's HTTP API.
+    """Serve a model over OpenAI's HTTP API, and gRPC if asked for.
 
     Examples: [bold]octavo serve[/bold] · [bold]octavo serve ./my-model --port 8080 --max-model-len 4096[/bold]
     """
@@ -62,7 +66,7 @@ def serve(
         if "api_key" not in values and env.api_key() is not None:
             values["api_key"] = env.api_key()
         deployment = DeploymentConfig.from_mapping(values)
-        options = ServerOptions(host, port, address, dashboard, haproxy)
+        options = ServerOptions(host, port, address, dashboard, haproxy, grpc_port)
         code = run(deployment, options, started)
     except ConfigError as error:
         sys.stderr.write(f"octavo: {error}\n")

@@ -23,8 +23,8 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError if nobody can listen there."""
+def check_port(host: str, port: int, flag: str = "--port") -> None:
+    """Raises ConfigError if nobody can listen there. `flag`: where the port is chosen."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -32,7 +32,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"Port {port} of {host} cannot be used ({reason}): choose another with --port.") from None
+        raise ConfigError(f"Port {port} of {host} cannot be used ({reason}): choose another with {flag}.") from None
 
 
 def check_reachable(address: str) -> None:

@@ -58,6 +58,8 @@ class ServerOptions:
     address: Ray cluster to join; None = start Ray here, for this process's life.
     haproxy: HAProxy in front instead of Serve's Python proxy, if it is installed and Ray is started here: the first
         token is sooner and the tokens cost less.
+    grpc_port: where gRPC is spoken too; None = nowhere. HAProxy listens there on `host`, Serve's Python proxy on all
+        addresses.
     """
 
     host: str = LOOPBACK
@@ -65,6 +67,7 @@ class ServerOptions:
     address: str | None = None
     dashboard: bool = False
     haproxy: bool = True
+    grpc_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -134,8 +137,12 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
     """Serve until a signal comes. Returns the exit code. Raises ConfigError for what cannot work."""
     console = Console(stderr=True, highlight=False)
     start_up = StartUp(started)
+    if options.grpc_port == options.port:
+        raise ConfigError(f"HTTP and gRPC cannot share port {options.port}: choose another with --grpc-port.")
     if options.address is None:
         check_port(options.host, options.port)
+        if options.grpc_port is not None:
+            check_port(options.host, options.grpc_port, "--grpc-port")
     elif options.address != "auto":
         check_reachable(options.address)
     with start_up.phase("find model"):
@@ -230,13 +237,19 @@ def _dashboard(context: Any) -> str | None:
 def _start_serve(options: ServerOptions) -> None:
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve.config import HTTPOptions
+    from ray.serve.config import HTTPOptions, gRPCOptions
     from ray.serve.schema import LoggingConfig
 
+    from octavo.cluster.ingress.grpc.register import SERVICER_FUNCTIONS
+
     _quiet_driver()
+    grpc = None
+    if options.grpc_port is not None:
+        grpc = gRPCOptions(port=options.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS))
     logs = LoggingConfig(enable_access_log=False, log_level="WARNING")
     try:
-        serve.start(http_options=HTTPOptions(host=options.host, port=options.port), logging_config=logs)
+        http = HTTPOptions(host=options.host, port=options.port)
+        serve.start(http_options=http, grpc_options=grpc, logging_config=logs)
     except (RayError, RuntimeError, TimeoutError) as error:
         logging.getLogger(__name__).debug("serve.start failed", exc_info=True)
         raise ConfigError(f"Ray Serve could not start: {_last_line(error)}") from None
@@ -312,6 +325,8 @@ def _announce(
         what = f"{info.dtype}{weights} on {info.device}, context {info.max_model_len:,}, {blocks}{pool}{ranks}"
         console.print(f"[bold]{model.name}[/bold]: {what}")
     console.print(f"[bold green]Serving at {options.url}/v1[/bold green]  (Ctrl-C stops)")
+    if options.grpc_port is not None:
+        console.print(f"gRPC at {options.url.removeprefix('http://').rpartition(':')[0]}:{options.grpc_port}")
     if dashboard is not None:
         console.print(f"Ray dashboard at {dashboard} (`ray get-auth-token` prints its token)")
     key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
