@@ -14,6 +14,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
 from octavo.engine.layers.weight import Layer, Source, Weight
+from octavo.engine.loader.memory import give_back
 
 HEAD = "lm_head"
 # module path → weight name → names of the parts that want a tensor, in the model's order
@@ -68,6 +69,7 @@ def _take(
     lacks.difference_update([(target.weight, part) for part in parts])
     if not lacks:
         layer.finish()
+        give_back()
 
 
 def init_dummy(model: CausalLM, seed: int) -> None:
