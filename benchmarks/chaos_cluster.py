@@ -42,11 +42,13 @@ class Broken:
         self._deployment, self._cpus = deployment, cpus_per_node
         (self._port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self._port}"
+        self._num_nodes = num_nodes
         self.cluster = Cluster()
-        self.cluster.add_node(num_cpus=1, _system_config=QUICK_NODES, object_store_memory=80 << 20)
-        self.nodes = [self._add_node() for _ in range(num_nodes)]
+        self.nodes: list[Any] = []
 
     def start(self) -> None:
+        self.cluster.add_node(num_cpus=1, _system_config=QUICK_NODES, object_store_memory=80 << 20)
+        self.nodes = [self._add_node() for _ in range(self._num_nodes)]
         ray.init(address=self.cluster.address, logging_level="ERROR", log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": self._port, "location": "HeadOnly"})
         serve.run(build_app(self._deployment), name=APP, route_prefix="/")
