@@ -1,11 +1,13 @@
 """Replicas that die, hang, fail and are replaced while streams run: not a token is lost, repeated or changed."""
 
 import asyncio
+import json
 import os
 import signal
 import time
 
 import fakes
+import httpx
 import psutil
 import pytest
 import ray
@@ -24,9 +26,9 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
-ARGS = {"model": "fake", "num_replicas": 2, "num_cpus": 0, "drain_timeout_s": 3, "hang_timeout_s": 2}
+ARGS = {"model": "fake", "num_replicas": 2, "num_cpus": 0, "drain_timeout_s": 2, "hang_timeout_s": 2}
 ENGINE = "engine-fake"
-LENGTH = 3000
+LENGTH = 2000
 RESUMED: list[float] = []  # when a request of the test at hand was submitted again
 
 
@@ -134,13 +136,29 @@ async def disturb(client, expected, disturbance) -> float:
     return streams.longest_gap_s
 
 
-async def test_a_killed_replica(client, expected):
+async def over_http(url: str, number: int) -> str:
+    """The text of a stream of the deployed ingress; the request is number `number`."""
+    given = request(number)
+    body = {"prompt": list(given.prompt_token_ids), "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
+    body |= {"temperature": given.params.temperature, "seed": given.params.seed}
+    text = ""
+    async with httpx.AsyncClient(timeout=60) as http, http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+    assert line == "data: [DONE]" or not line
+    return text
+
+
+async def test_a_killed_replica(client, expected, url):
     started, victim = time.time(), next(iter(replicas()))
+    streams = [asyncio.create_task(over_http(url, number)) for number in range(4)]
 
     async def kill():
         os.kill(victim, signal.SIGKILL)
 
     assert await disturb(client, expected, kill) < 3
+    assert [bytes(expected[f"r{number}"]).decode() for number in range(4)] == await asyncio.gather(*streams)
     assert RESUMED
     await until(lambda: len(replicas()) == 2, 10)
     assert any("died" in why for why in reasons_since(started))
