@@ -67,7 +67,7 @@ def _frame(message: object) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def _tune(connection: socket.socket, send_timeout_s: float) -> None:
+def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
@@ -75,18 +75,17 @@ def _tune(connection: socket.socket, send_timeout_s: float) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, PEER_TIMEOUT_S * 1000)
-    whole, part = divmod(send_timeout_s, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(part * 1e6)))
 
 
 class Hub:
-    """The driver's side. One thread at a time; sends wait for no answer, but at most `send_timeout_s` for room.
+    """The driver's side. One thread at a time. Nothing waits for a rank: what its socket has no room for, since it
+    computes and reads later, goes on with the next `poll`.
 
     host: an address of this node that all ranks reach.
     """
 
-    def __init__(self, host: str, size: int, token: str, send_timeout_s: float = 4.0) -> None:
-        self._token, self._size, self._send_timeout_s = token, size, send_timeout_s
+    def __init__(self, host: str, size: int, token: str) -> None:
+        self._token, self._size = token, size
         self._listener = socket.create_server((host, 0), backlog=size + MAX_STRANGERS)
         self._listener.setblocking(False)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
@@ -103,10 +102,11 @@ class Hub:
             peer = self._peers.get(rank)
             if peer is None:
                 continue
-            try:
-                peer.socket.sendall(frame)
-            except OSError:  # gone, or so full that it has not read for `send_timeout_s`
-                self._broken.append(rank)
+            peer.unsent += frame
+            if len(peer.unsent) == len(frame):  # else a poll is on it
+                self._send(peer)
+                if peer.unsent:
+                    self._selector.modify(peer.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
 
     def poll(self, timeout_s: float) -> list[tuple[int, wire.ToDriver | None]]:
         """What came, as (rank, message), in order; a message None: that rank's connection ended. Waits up to timeout_s
@@ -116,11 +116,17 @@ class Hub:
             found += [(rank, None) for rank in self._broken if self._forget(rank)]
             self._broken.clear()
             timeout_s = 0
-        for key, _ in self._selector.select(timeout_s):
+        for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
                 self._accept()
-            else:
-                self._read(key.data, found)
+                continue
+            peer: _Peer = key.data
+            if events & selectors.EVENT_WRITE:
+                self._send(peer)
+                if not peer.unsent:
+                    self._selector.modify(peer.socket, selectors.EVENT_READ, peer)
+            if events & selectors.EVENT_READ:
+                self._read(peer, found)
         if self._strangers:
             self._drop_slow_strangers()
         return found
@@ -139,15 +145,26 @@ class Hub:
             if len(self._strangers) >= MAX_STRANGERS:
                 connection.close()
                 return
-            connection.setblocking(True)  # for sends, which have their own timeout; reads ask not to wait
-            _tune(connection, self._send_timeout_s)
+            connection.setblocking(False)
+            _tune(connection)
             peer = _Peer(connection)
             self._strangers.append(peer)
             self._selector.register(connection, selectors.EVENT_READ, peer)
 
+    def _send(self, peer: _Peer) -> None:
+        """As much as there is room for."""
+        try:
+            del peer.unsent[: peer.socket.send(peer.unsent)]
+        except BlockingIOError:
+            return
+        except OSError:
+            peer.unsent.clear()
+            if peer.rank is not None:
+                self._broken.append(peer.rank)
+
     def _read(self, peer: _Peer, found: list[tuple[int, wire.ToDriver | None]]) -> None:
         try:
-            data = peer.socket.recv(_CHUNK, socket.MSG_DONTWAIT)
+            data = peer.socket.recv(_CHUNK)
             messages = peer.frames.feed(data)
         except BlockingIOError:
             return
@@ -200,6 +217,7 @@ class _Peer:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self.frames = _Frames(wire.to_driver, MAX_HELLO)
+        self.unsent = bytearray()
         self.rank: int | None = None
         self.since = time.monotonic()
 
@@ -258,7 +276,7 @@ def dial(address: tuple[str, int], hello: wire.Hello, timeout_s: float = 30.0) -
                 raise ChannelClosed(f"{address[0]}:{address[1]} cannot be reached: {error}") from error
             time.sleep(0.2)  # a network that is just coming up
     connection.settimeout(None)
-    _tune(connection, timeout_s)
+    _tune(connection)
     line = Line(connection)
     line.send(hello)
     return line

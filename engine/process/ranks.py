@@ -119,13 +119,13 @@ class Ranks:
         self._layout, self._launcher, self._deadlines = layout, launcher, deadlines
         self._ranks = [_Rank(rank_name(i, layout)) for i in range(layout.size)]
         token = secrets.token_hex(16)
-        self._hub = Hub(launcher.host, layout.size, token, deadlines.hang_s)
+        self._hub = Hub(launcher.host, layout.size, token)
         self._results: deque[StepResult] = deque()
         self._mail: list[tuple[int, wire.ToDriver]] = []  # of the start-up
         self._phases: dict[str, list[float]] = {}  # seconds of the ranks that ended one
         self._in_flight = 0
         self._since = 0.0  # when the oldest step in flight became the oldest
-        self._looked = time.monotonic()
+        self._looked = self._checked = time.monotonic()
         self._hang_s = STARTING_S
         self._lost: RankLost | None = None
         self._closed = threading.Event()
@@ -261,7 +261,10 @@ class Ranks:
                 rank.seen = max(rank.seen, before)
         faults = self._take(self._hub.poll(timeout_s))
         self._looked = now = time.monotonic()
-        if not faults and not self._results:
+        if (
+            not faults and now - self._checked > LOOK_S / 2
+        ):  # also while results come: not every rank has a part in them
+            self._checked = now
             faults = self._late(now)
         if faults:
             self._lose(faults)
