@@ -141,7 +141,7 @@ def measure_gain(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         results[name] = {}
         for policy in POLICIES:
             with console.status(f"{name}: {policy}"):
-                served = [each for seed in range(args.seeds) for each in simulate(policy, workload(seed))]
+                served = [x for seed in range(args.seeds) for x in simulate(policy, workload(seed), args.ingresses)]
             results[name][policy] = summary(served)
     shown = table(("workload", "policy", "requests", "hit rate", "TTFT mean", "p50", "p99", ""), left=2)
     for name, by_policy in results.items():
@@ -155,13 +155,13 @@ def measure_gain(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 judge(by_policy) if policy == "prefix" else "",
             )
         shown.add_section()
-    show("Four simulated replicas", shown)
+    show(f"Four simulated replicas behind {args.ingresses} ingress(es)", shown)
     return results
 
 
-def simulate(policy: str, workload: Workload) -> list[Served]:
+def simulate(policy: str, workload: Workload, ingresses: int) -> list[Served]:
     random.seed(0)  # the policies' chance
-    return Simulation(Fleet(make_policy(policy), 1 << 20), 4).run(workload)
+    return Simulation([Fleet(make_policy(policy), 1 << 20) for _ in range(ingresses)], 4).run(workload)
 
 
 def summary(served: Sequence[Served]) -> dict[str, Any]:
@@ -194,6 +194,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=100, help="of the decision")
     parser.add_argument("--blocks", type=int, default=1 << 20, help="in the index of the decision")
     parser.add_argument("--decisions", type=int, default=200, help="per kind of prompt")
+    parser.add_argument("--ingresses", type=int, default=1, help="of the simulated pools")
     parser.add_argument("--seeds", type=int, default=2, help="of each workload")
     return parser.parse_args(arguments)
 

@@ -126,15 +126,15 @@ class BlockIndex:
         self, names: list[bytes], low: int, at_low: int, high: int, at_high: int, found: dict[str, int]
     ) -> None:
         """Of those that hold `low` blocks but not `high`, find how many each holds. `at_…`: the masks there."""
-        if at_low == at_high:
-            return
         if high - low == 1:
             self._note(at_low & ~at_high, low, found)
             return
         middle = (low + high) // 2
         at_middle = self._holders.get(names[middle - 1], 0) & at_low | at_high
-        self._find_ends(names, low, at_low, middle, at_middle, found)
-        self._find_ends(names, middle, at_middle, high, at_high, found)
+        if at_middle != at_low:
+            self._find_ends(names, low, at_low, middle, at_middle, found)
+        if at_middle != at_high:
+            self._find_ends(names, middle, at_middle, high, at_high, found)
 
     def _note(self, mask: int, count: int, found: dict[str, int]) -> None:
         while mask and count:

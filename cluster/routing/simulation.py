@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from octavo.cluster.routing.fleet import Fleet, Placing
@@ -100,15 +101,17 @@ class _Engine:
 
 
 class Simulation:
-    """`fleet` is fresh; it gets `num_replicas` replicas."""
+    """`fleets` are fresh, one per ingress: requests go to the ingresses in turn. Each gets `num_replicas` replicas."""
 
-    def __init__(self, fleet: Fleet, num_replicas: int, replica: Replica | None = None) -> None:
-        self._fleet = fleet
+    def __init__(self, fleets: Sequence[Fleet], num_replicas: int, replica: Replica | None = None) -> None:
+        self._fleets = fleets
+        self._turns = itertools.cycle(fleets)
         self._engines = {f"replica-{i}": _Engine(replica or Replica()) for i in range(num_replicas)}
-        fleet.set_replicas(dict.fromkeys(self._engines, True))
+        for fleet in fleets:
+            fleet.set_replicas(dict.fromkeys(self._engines, True))
         self._queue: list[tuple[float, int, str, object]] = []
         self._order = itertools.count()
-        self._live: dict[str, tuple[Served, Placing, list[int]]] = {}
+        self._live: dict[str, tuple[Served, Placing, Fleet, list[int]]] = {}
 
     def run(self, workload: Workload) -> list[Served]:
         """All requests of `workload`, in the order of their ends."""
@@ -138,11 +141,12 @@ class Simulation:
 
     def _arrive(self, arrival: Arrival, now: float) -> None:
         placing = Placing(len(arrival.prompt), Chain(arrival.prompt, BLOCK_SIZE))
-        name = self._fleet.place(placing)[0]
+        fleet = next(self._turns)
+        name = fleet.place(placing)[0]
         request_id = str(next(self._order))
         params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, temperature=0.0, seed=0)
         self._engines[name].scheduler.add(Request(request_id, arrival.prompt, params))
-        self._live[request_id] = Served(arrival, name, placing.predicted), placing, []
+        self._live[request_id] = Served(arrival, name, placing.predicted), placing, fleet, []
         self._begin(name, now)
 
     def _begin(self, name: str, now: float) -> None:
@@ -154,10 +158,10 @@ class Simulation:
         engine = self._engines[name]
         ended = []
         for delta in engine.end():
-            served, placing, output = self._live[delta.request_id]
+            served, placing, fleet, output = self._live[delta.request_id]
             if not output:
                 served.cached, served.ttft_s = delta.num_cached_tokens, now - served.arrival.at_s
-                self._at(now + NEWS_S, "news", lambda p=placing, c=served.cached: self._fleet.started(p, c))
+                self._at(now + NEWS_S, "news", partial(fleet.started, placing, served.cached))
             output.extend(delta.token_ids)
             if delta.finish_reason is not None:
                 served.end_s = now
@@ -167,8 +171,9 @@ class Simulation:
         changes, stats = engine.pool.log.drain(), engine.scheduler.stats()
 
         def tell() -> None:
-            self._fleet.change(name, changes)
-            self._fleet.observe(name, stats, now)
+            for fleet in self._fleets:
+                fleet.change(name, changes)
+                fleet.observe(name, stats, now)
 
         self._at(now + NEWS_S, "news", tell)
         self._begin(name, now)
