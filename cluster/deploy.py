@@ -5,6 +5,7 @@ What runs goes on until what replaces it has generated a token. A deployment tha
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 import time
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from octavo.cluster.attach import attached, quiet_ray
 from octavo.cluster.config import DeploymentConfig
-from octavo.cluster.rollout import Change, compare
+from octavo.cluster.rollout import Change, compare, ingress_version
 from octavo.cluster.rollout_checks import check, read_deployment
 from octavo.engine.errors import ConfigError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from octavo.cluster.overview import Deployment, Overview, Replica
 
 POLL_S = 0.5
+NOTE = b"deployment"  # its key in Ray's control store
 KINDS = {"new": "green", "restart": "yellow", "in place": "cyan", "removed": "red", "unchanged": "dim"}
 WHAT = {
     "new": "starts",
@@ -107,9 +109,36 @@ def running_config() -> DeploymentConfig | None:
         return None
     try:
         info, _ = client.get_deployment_info(INGRESS, APP)
-        config = info.replica_config.init_args[0]
-        repr(config)  # one pickled before a setting existed lacks its slot
+        built_from = info.replica_config.init_args[0]
+        repr(built_from)  # one pickled before a setting existed lacks its slot
     except Exception:
+        return None
+    if not isinstance(built_from, DeploymentConfig):
+        return None
+    # Serve keeps what an ingress was started with; what has changed in place since is in our own note, if that is of
+    # this ingress and not of one before it.
+    noted = _noted()
+    return noted if noted is not None and ingress_version(noted) == ingress_version(built_from) else built_from
+
+
+def _note(config: DeploymentConfig) -> None:
+    from ray.experimental import internal_kv as kv
+
+    from octavo.cluster.failures import NAMESPACE
+
+    kv._internal_kv_put(NOTE, pickle.dumps(config), namespace=NAMESPACE)
+
+
+def _noted() -> DeploymentConfig | None:
+    from ray.experimental import internal_kv as kv
+
+    from octavo.cluster.failures import NAMESPACE
+
+    try:
+        value = kv._internal_kv_get(NOTE, namespace=NAMESPACE)
+        config = pickle.loads(value) if value is not None else None
+        repr(config)
+    except Exception:  # of another version
         return None
     return config if isinstance(config, DeploymentConfig) else None
 
@@ -188,6 +217,7 @@ def _apply(config: DeploymentConfig) -> Overview:
     before = look(APP)
     target = serve.RunTarget(build_app(config), name=APP, route_prefix="/")
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    _note(config)
     return before
 
 
@@ -227,10 +257,11 @@ def messages(overview: Overview) -> list[str]:
 
 
 def is_up(overview: Overview, old: set[str]) -> bool:
-    """Whether all that shall run does, and nothing of before but what drains. Serve itself waits for that too."""
-    if overview.app_status == "RUNNING":
-        return True
-    if overview.app_status != "DEPLOYING" or not overview.deployments:
+    """Whether all that shall run does, and nothing of before but what drains.
+
+    Serve's own word is no guide: it waits for what drains, and calls an application that has to grow running.
+    """
+    if overview.app_status not in ("DEPLOYING", "RUNNING") or not overview.deployments:
         return False
     return all(_is_up(deployment, overview, old) for deployment in overview.deployments)
 

@@ -53,15 +53,12 @@ class Service:
         self.prompts = PromptMaker(settings, tokenizer)
         self.places = Places(settings.max_ongoing_requests)
         self._registries = registries
-        self._info: EngineInfo | None = None
         self._metrics: IngressMetrics | None = None
         self._reported: set[str] = set()
 
     async def info(self) -> EngineInfo:
-        """Asked of the engines once; they are all equal and do not change."""
-        if self._info is None:
-            self._info = await self._soon(self.client.info())
-        return self._info
+        """Of one of the engines; all are equal but while a new version is rolled out."""
+        return await self._soon(self.client.info())
 
     async def metrics(self) -> IngressMetrics:
         info = await self.info()
@@ -198,7 +195,8 @@ class Service:
 
     async def _soon(self, answer: Awaitable[T]) -> T:
         try:
-            return await asyncio.wait_for(answer, ENGINE_ANSWER_S)
+            async with asyncio.timeout(ENGINE_ANSWER_S):
+                return await answer
         except TimeoutError:
             raise ReplicaLost(f"No engine has answered for {ENGINE_ANSWER_S:g} s.") from None
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -34,6 +34,7 @@ LAST_DELTAS_S = 10.0
 # while a request is not accepted, it is looked so often whether its replica is still heard of.
 LOOK_S = 0.5
 MAX_INDEX_BLOCKS = 1 << 20
+INFO_S = 5.0  # after which a replica is asked anew what it is
 STATS_S = 2.0  # how long one replica's snapshot is waited for
 
 
@@ -47,6 +48,7 @@ class ServeEngineClient:
         self._pool = Pool(handle, fleet or Fleet(Prefix(), MAX_INDEX_BLOCKS))
         self._receiver = receiver
         self._info: EngineInfo | None = None
+        self._info_at = 0.0  # monotonic, when it was last asked for
         self._watching: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references
 
     def start(self) -> None:
@@ -57,14 +59,29 @@ class ServeEngineClient:
         await self._pool.close()
 
     async def info(self) -> EngineInfo:
-        """Waits for the first replica to be up. Raises ReplicaLost if it goes away meanwhile."""
+        """Waits for the first replica to be up. Raises ReplicaLost if it goes away meanwhile.
+
+        While a new version is rolled out, old and new engines run side by side: what was told is asked again now and
+        then, without anybody waiting for it.
+        """
         if self._info is None:
-            try:
-                data = await self._pool.call("info")
-            except (RayError, RayServeException) as error:
-                raise _translated(error) from error
-            self._info = wire.info_from_proto(tokens_pb2.EngineInfo.FromString(data))
+            return await self._ask_info()
+        if time.monotonic() - self._info_at > INFO_S:
+            self._info_at = time.monotonic()
+            self._keep(self._ask_info_again())
         return self._info
+
+    async def _ask_info(self) -> EngineInfo:
+        try:
+            data = await self._pool.call("info")
+        except (RayError, RayServeException) as error:
+            raise _translated(error) from error
+        self._info, self._info_at = wire.info_from_proto(tokens_pb2.EngineInfo.FromString(data)), time.monotonic()
+        return self._info
+
+    async def _ask_info_again(self) -> None:
+        with suppress(OctavoError):  # the old one is as good as any
+            await self._ask_info()
 
     async def stats(self) -> list[EngineStats]:
         """Asks every replica; those that do not answer are left out."""
@@ -129,9 +146,12 @@ class ServeEngineClient:
         return inbox.replica or ""
 
     def _watch(self, call: Any, inbox: Inbox) -> None:
-        watcher = asyncio.create_task(self._await_end(call, inbox))
-        self._watching.add(watcher)
-        watcher.add_done_callback(self._watching.discard)
+        self._keep(self._await_end(call, inbox))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._watching.add(task)
+        task.add_done_callback(self._watching.discard)
 
     async def _await_end(self, call: Any, inbox: Inbox) -> None:
         """Wait for the control call's end, and fail the inbox if that is not the end of all sequences."""

@@ -2,6 +2,7 @@
 one that fails and is put back, `octavo status` meanwhile and without Serve's controller.
 """
 
+import asyncio
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from dataclasses import replace
 import httpx
 import pytest
 import ray
+from fakes import INFO, fake_replica, local_client
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
@@ -25,6 +27,7 @@ from octavo.cluster.machine import free_ports
 from octavo.cluster.overview import CONTROLLER, Deployment, Overview, Replica, look
 from octavo.cluster.rollout import compare
 from octavo.cluster.rollout_checks import check, check_here, own_part, read_deployment
+from octavo.cluster.routing import client as routing_client
 from octavo.engine.errors import ConfigError
 
 LONG, SHORT = 3500, 20
@@ -120,7 +123,25 @@ def test_when_it_is_up_and_what_is_said_until_then():
     assert not is_up(overview(("c", "RUNNING"), wanted=2), old)
     assert not is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), ("e", "STARTING")), old)
     assert not is_up(overview(status="DEPLOYING", wanted=1), old)
-    assert is_up(replace(first, app_status="RUNNING"), old)
+    assert not is_up(replace(first, app_status="RUNNING"), old)
+    assert is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), status="RUNNING"), old)
+    assert not is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), status="DEPLOY_FAILED"), old)
+
+
+async def test_an_ingress_learns_what_its_engines_have_become(monkeypatch):
+    replica = fake_replica()
+    client, receiver = await local_client(replica)
+    assert (await client.info()).max_model_len == INFO.max_model_len
+    replica._info = replace(INFO, max_model_len=99)
+    assert (await client.info()).max_model_len == INFO.max_model_len  # not asked at every request
+    monkeypatch.setattr(routing_client, "INFO_S", 0.0)
+    await client.info()
+    deadline = time.monotonic() + 5
+    while (await client.info()).max_model_len != 99:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    await receiver.stop()
+    await replica.close()
 
 
 class Cluster1:
@@ -242,6 +263,19 @@ def test_a_rolling_deployment_under_load(operator):
     assert len(running() - before) == 2
     assert not running() & before
     assert not running("ingress") & ingress
+
+
+def test_what_changes_in_place_restarts_nothing(operator):
+    before = running()
+    code, said = operator.deploy(engine={"block_size": 32}, num_replicas=1)
+    assert (code, "changes in place" in said, "restarts" in said) == (0, True, False), said
+    code, said = operator.deploy("--dry-run", engine={"block_size": 32}, num_replicas=1)
+    assert said.count("stays as it is") == 2, said
+    code, said = operator.deploy(engine={"block_size": 32})
+    assert "num_replicas: 1 → 2" in said
+    assert code == 0
+    assert len(running()) == 2
+    assert running() & before
 
 
 def test_one_that_cannot_run_is_put_back(operator, tmp_path):
