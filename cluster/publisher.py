@@ -3,9 +3,9 @@
 Knows the block pool's log and the token channels. Does not know requests. Everything here runs on the replica's event
 loop; the pool belongs to the engine's thread, and only what it lets any thread do is done here.
 
-Changes leave with the next batch of tokens, or after TICK_S at the latest. An ingress first gets the names of all blocks
-there are, in chunks between which tokens go out. Chunks and changes may overlap without harm: a chunk holds only what is
-findable at the moment it is written, and changes repeated on top of it lead to the same end.
+Changes leave with the next batch of tokens, or after TICK_S at the latest. An ingress first gets the names of all
+blocks there are, in chunks between which tokens go out. Chunks and changes may overlap without harm: a chunk holds only
+what is findable at the moment it is written, and changes repeated on top of it lead to the same end.
 """
 
 from __future__ import annotations
