@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
-from octavo.cluster.ingress.errors import failure
+from octavo.cluster.ingress.errors import failure, log_failure
 from octavo.cluster.ingress.generation import Generation, Piece, join
 from octavo.cluster.ingress.presence import ClientGone, stay
 from octavo.cluster.ingress.visit import Places, Visit
@@ -122,7 +122,7 @@ class StreamedAnswer(_Answer):
                 raise
             refused = failure(error)
             if refused.status >= 500:
-                logger.error("request %s failed in its stream", self.visit.request_id, exc_info=error)
+                log_failure(logger, self.visit.request_id, error)
             await stream.end([replies.event(refused.body), replies.DONE])
         else:
             await stream.end([replies.DONE])

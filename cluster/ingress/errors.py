@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from logging import Logger
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -61,6 +62,14 @@ def failure(error: BaseException) -> Failure:
             return _http(error)
         case _:
             return Failure(500, replies.error("Internal error; the log has the details.", "server_error", None, None))
+
+
+def log_failure(logger: Logger, request_id: str, error: BaseException) -> None:
+    """One line for what can happen; where it happened only for what nobody thought of."""
+    if isinstance(error, ReplicaLost | RankLost | Interrupted):
+        logger.error("request %s failed: %s", request_id, error)
+    else:
+        logger.error("request %s failed", request_id, exc_info=error)
 
 
 def _http(error: HTTPException) -> Failure:

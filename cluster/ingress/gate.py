@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
-from octavo.cluster.ingress.errors import TooLarge, failure
+from octavo.cluster.ingress.errors import TooLarge, failure, log_failure
 from octavo.cluster.ingress.keys import Keys
 from octavo.cluster.ingress.presence import ClientGone
 from octavo.cluster.ingress.visit import Visit, request_id
@@ -60,7 +60,7 @@ class Gate:
         except Exception as error:
             refused = failure(error)
             if refused.status >= 500:
-                logger.error("request %s failed", visit.request_id, exc_info=error)
+                log_failure(logger, visit.request_id, error)
             if not status:
                 body = replies.to_json(refused.body)
                 reply = Response(body, refused.status, dict(refused.headers), "application/json")
