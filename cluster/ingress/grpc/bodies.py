@@ -51,11 +51,9 @@ def generation_body(request: Any) -> CompletionBody | ChatBody:
         body = body_of(CompletionBody, values)
     else:
         raise RequestError("One of text, token_ids and chat must be given.", "prompt")
-    body.beyond = Beyond(fill_context, has_text(request), _given(params, (_SKIP,)).get(_SKIP))
+    skip = params.skip_reading_prefix_cache if params.HasField("skip_reading_prefix_cache") else None
+    body.beyond = Beyond(fill_context, has_text(request), skip)
     return body
-
-
-_SKIP = "skip_reading_prefix_cache"
 
 
 def has_text(request: Any) -> bool:
@@ -78,7 +76,7 @@ def tokenize_body(request: Any) -> TokenizeBody:
 def _conversation(chat: Any) -> dict[str, Any]:
     values = _given(chat, _OF_CONVERSATION)
     if chat.HasField("chat_template_kwargs"):
-        values["chat_template_kwargs"] = MessageToDict(chat.chat_template_kwargs)
+        values["chat_template_kwargs"] = _plain(MessageToDict(chat.chat_template_kwargs))
     values["messages"] = [
         body_of(
             Message,
@@ -88,6 +86,15 @@ def _conversation(chat: Any) -> dict[str, Any]:
         for number, message in enumerate(chat.messages)
     ]
     return values
+
+
+def _plain(value: Any) -> Any:
+    """A Struct has no integers: whole numbers were meant as such."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _given(proto: Any, names: tuple[str, ...]) -> dict[str, Any]:
