@@ -136,10 +136,12 @@ def test_a_rank_that_does_not_read_holds_nobody_up(hub):
         hub.broadcast(wire.Step(StepPlan(step, (), (long,), (), (), ())))
     assert time.monotonic() - started < 5
     arrived = {}
+
+    def read(each):
+        arrived[each] = [each.receive().plan.step_id for _ in range(6)]
+
     for each in (line, other):
-        reader = threading.Thread(
-            target=lambda: arrived.update({each: [each.receive().plan.step_id for _ in range(6)]})
-        )
+        reader = threading.Thread(target=read, args=(each,))
         reader.start()
         while reader.is_alive():
             hub.poll(0.05)
