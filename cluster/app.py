@@ -61,14 +61,19 @@ class EngineHost(EngineReplica):
     """Builds the engine of one replica."""
 
     async def __init__(self, model: ModelConfig, log_level: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        from octavo.engine.build import build_engine
+        from octavo.engine.build import RankOptions, build_engine
         from octavo.engine.loop import EngineLoop
 
         show_logs(log_level)
-        import_s = await asyncio.to_thread(_import_engine, model.engine)
-        engine = await asyncio.to_thread(build_engine, model.engine)
-        info = replace(engine.info, phases=(("import torch", import_s), *engine.info.phases))
         replica_id = serve.get_replica_context().replica_id.unique_id
+        options = RankOptions(
+            label=f"{engine_name(model)}#{replica_id}",
+            hang_timeout_s=model.hang_timeout_s,
+            step_timeout_s=model.step_timeout_s,
+        )
+        phases = await asyncio.to_thread(_import_engine, model.engine)
+        engine = await asyncio.to_thread(build_engine, model.engine, options=options)
+        info = replace(engine.info, phases=(*phases, *engine.info.phases))
 
         def start(on_deltas: OnDeltas) -> EngineLoop:
             return EngineLoop(engine.core, on_deltas)
@@ -168,7 +173,7 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         **placement,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_WAITING_FOR_REPLICA,
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         graceful_shutdown_timeout_s=model.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         # A look finds a process that has ended; what is to be found in it, it finds itself. So looks are frequent, and
@@ -191,12 +196,14 @@ def engine_name(model: ModelConfig) -> str:
     return "engine-" + (re.sub(r"[^a-z0-9._]+", "-", model.name.lower()).strip("-") or "model")
 
 
-def _import_engine(config: EngineConfig) -> float:
-    """Import what building the engine needs; returns the seconds that took."""
+def _import_engine(config: EngineConfig) -> tuple[tuple[str, float], ...]:
+    """Import what building the engine needs; a replica of several ranks leaves that to them. Returns the phase."""
+    if config.num_ranks > 1:
+        return ()
     started = time.perf_counter()
-    if config.model != "fake":
+    if not config.is_fake:
         importlib.import_module("octavo.engine.runner.build")
-    return time.perf_counter() - started
+    return (("import torch", time.perf_counter() - started),)
 
 
 def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) -> IngressSettings:
@@ -220,7 +227,7 @@ def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) ->
 
 def load_text(config: EngineConfig) -> tuple[str, Tokenizer]:
     """(the model's name for clients, its tokenizer). Downloads what is not here. Raises ConfigError."""
-    if config.model == "fake":
+    if config.is_fake:
         from octavo.engine.text.byte_tokenizer import ByteTokenizer
 
         return "fake", ByteTokenizer()
@@ -252,6 +259,6 @@ def _chat_template(given: str | None) -> str | None:
 
 def _num_gpus(config: EngineConfig) -> int:
     """Ray shows an actor only the GPUs it asked for."""
-    if config.device == "auto" and config.model != "fake":
+    if config.device == "auto" and not config.is_fake:
         return int(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1)  # type: ignore[no-untyped-call]
     return int(config.device == "cuda")
