@@ -22,6 +22,7 @@ from octavo.cluster.attach import attached, quiet_ray
 from octavo.cluster.config import DeploymentConfig
 from octavo.cluster.rollout import Change, compare, ingress_version
 from octavo.cluster.rollout_checks import check, read_deployment
+from octavo.cluster.serve import ServerOptions, start_serve
 from octavo.engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,13 +52,14 @@ def deploy(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on, where Serve does not run yet.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="Port to listen on, where Serve does not run yet.")] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="The same for gRPC; without it there is none.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds after which a deployment has failed.", min=1)] = 3600.0,
 ) -> None:
     """Deploy a configuration to a running cluster, replacing what runs there without a break.
 
-    New replicas generate a token before old ones stop; old ones finish their requests or hand them over. If the new
-    configuration fails, the old one is put back. Exit code 0: it runs; 1: it failed; 2: it was refused, nothing was
-    touched.
+    New replicas generate a token before old ones stop; old ones finish their
+    requests or hand them over. What fails is put back as it was.
+    Exit code 0: it runs; 1: it failed; 2: refused, nothing was touched.
     """
     console = Console(highlight=False)
     try:
@@ -70,7 +72,13 @@ def deploy(
 
             changes = compare(before, config, engine_name)
             console.print(plan(changes))
-            code = 0 if dry_run else _roll_out(console, config, before, changes, (host, port), timeout)
+            code = (
+                0
+                if dry_run
+                else _roll_out(
+                    console, config, before, changes, ServerOptions(host, port, grpc_port=grpc_port), timeout
+                )
+            )
     except ConfigError as error:
         sys.stderr.write(f"octavo: {error}\n")
         code = 2
@@ -162,11 +170,11 @@ def _roll_out(
     config: DeploymentConfig,
     before: DeploymentConfig | None,
     changes: Sequence[Change],
-    listen: tuple[str, int],
+    options: ServerOptions,
     timeout: float,
 ) -> int:
     started = time.monotonic()
-    _start_serve(*listen)
+    _start_serve(options)
     were = _apply(config)
     restarted = {change.deployment for change in changes if change.kind == "restart"}
     try:
@@ -189,22 +197,13 @@ def _roll_out(
     return 0
 
 
-def _start_serve(host: str, port: int) -> None:
+def _start_serve(options: ServerOptions) -> None:
     """Where it runs, it stays as it is."""
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.config import HTTPOptions
     from ray.serve.context import _get_global_client
 
-    from octavo.cluster.app import LOGS
-
     quiet_ray()  # importing Serve has undone it
-    if _get_global_client(raise_if_no_controller_running=False) is not None:
-        return
-    try:
-        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=LOGS)
-    except (RayError, RuntimeError, TimeoutError) as error:
-        raise ConfigError(f"Ray Serve could not start: {str(error).strip().splitlines()[-1]}") from None
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        start_serve(options)
 
 
 def _apply(config: DeploymentConfig) -> Overview:

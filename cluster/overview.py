@@ -34,7 +34,8 @@ class Replica:
     """One replica. node: for people. status: its own word; None = it has none to give, or gave none in time,
     as `trouble` then says.
 
-    tokens_per_s: between the last two samples; None with one.
+    tokens_per_s: between the last two samples; None with one. ttft_s: mean from being queued to the first token, of the
+    requests that got one between the samples, or of all if none did; None if there were none at all.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Replica:
     status: wire.ReplicaStatus | None = None
     trouble: str | None = None
     tokens_per_s: float | None = None
+    ttft_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def look(app: str, before: Overview | None = None) -> Overview:
     asked = _ask(overview.replicas)
     return replace(
         overview,
-        replicas=tuple(_with_rate(replica, before) for replica in asked),
+        replicas=tuple(_with_rates(replica, before) for replica in asked),
         failures=_failures(),
         nodes=tuple(nodes.items()),
     )
@@ -137,6 +139,13 @@ def rate(now: wire.ReplicaStatus, before: wire.ReplicaStatus) -> float | None:
     """Generated tokens per second between two samples of one replica; None where there is no time between them."""
     seconds = now.clock - before.clock
     return (now.stats.generation_tokens - before.stats.generation_tokens) / seconds if seconds > 0 else None
+
+
+def ttft(now: EngineStats, before: EngineStats | None) -> float | None:
+    """Mean seconds from being queued at the replica to the first token; see Replica.ttft_s."""
+    if before is not None and (count := now.first_tokens - before.first_tokens) > 0:
+        return (now.first_token_s - before.first_token_s) / count
+    return now.first_token_s / now.first_tokens if now.first_tokens else None
 
 
 def _details() -> tuple[Mapping[str, Any] | None, str | None]:
@@ -195,11 +204,14 @@ def _call(replica: Replica, method: str) -> Any:
     return actor.handle_request.remote(pickle.dumps(metadata))
 
 
-def _with_rate(replica: Replica, before: Overview | None) -> Replica:
-    if before is None or replica.status is None:
+def _with_rates(replica: Replica, before: Overview | None) -> Replica:
+    if replica.status is None:
         return replica
-    then = next((other.status for other in before.replicas if other.id == replica.id), None)
-    return replica if then is None else replace(replica, tokens_per_s=rate(replica.status, then))
+    earlier = before.replicas if before is not None else ()
+    then = next((other.status for other in earlier if other.id == replica.id), None)
+    speed = rate(replica.status, then) if then is not None else None
+    first = ttft(replica.status.stats, then.stats if then is not None else None)
+    return replace(replica, tokens_per_s=speed, ttft_s=first)
 
 
 def _failures() -> tuple[failures.Failure, ...]:

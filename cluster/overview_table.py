@@ -107,7 +107,7 @@ def _replicas(replicas: list[Replica], overview: Overview) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("replica", "state", "node"):
         table.add_column(name, overflow="fold")
-    columns = ("age", "run", "wait", "queued", "KV", "hits", "tok/s") if engines else ("age",)
+    columns = ("age", "run", "wait", "queued", "KV", "hits", "TTFT", "tok/s") if engines else ("age",)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for replica in replicas:
@@ -124,7 +124,7 @@ def _replicas(replicas: list[Replica], overview: Overview) -> Table:
 
 def _load(replica: Replica) -> list[RenderableType]:
     if replica.status is None:
-        return [""] * 6
+        return [""] * 7
     stats = replica.status.stats
     speed = "" if replica.tokens_per_s is None else f"{replica.tokens_per_s:,.0f}"
     return [
@@ -133,8 +133,13 @@ def _load(replica: Replica) -> list[RenderableType]:
         f"{stats.waiting_tokens:,}",
         f"{stats.kv_usage:.0%}",
         hit_rate(stats),
+        "–" if replica.ttft_s is None else _short(replica.ttft_s),
         speed,
     ]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def hit_rate(stats: EngineStats) -> str:

@@ -158,7 +158,7 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
             signals.arm()
         try:
             with start_up.phase("start serve"):
-                _start_serve(options)
+                start_serve(options)
                 signals.arm()
             _deploy(config, options, start_up, signals.stop)
             infos = {model.name: _engine_info(model) for model in config.models}
@@ -234,7 +234,8 @@ def _dashboard(context: Any) -> str | None:
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
-def _start_serve(options: ServerOptions) -> None:
+def start_serve(options: ServerOptions) -> None:
+    """On the Ray cluster this process has joined; where Serve runs, it stays as it is. Raises ConfigError."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions, gRPCOptions

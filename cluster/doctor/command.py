@@ -16,6 +16,7 @@ from rich.console import Console
 from octavo.cluster.attach import attached, quiet_ray
 from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.doctor.here import Wanted
+from octavo.cluster.rollout_checks import is_path
 from octavo.engine.errors import ConfigError
 
 
@@ -34,8 +35,8 @@ def doctor(
 ) -> None:
     """Check a cluster before a model does: nodes, network, clocks, versions, GPUs, limits.
 
-    Looks at every node from inside and starts nothing that stays. Names the node that is wrong. Exit code 0: nothing
-    failed; 1: something did; 2: there is no such cluster.
+    Looks at every node from inside and starts nothing that stays.
+    Exit code 0: nothing failed; 1: something did; 2: there is no cluster.
     """
     started = time.perf_counter()
     waiting = Console(stderr=True)
@@ -78,10 +79,5 @@ def _ray(address: str | None) -> Iterator[None]:
 
 def _wanted(port: int, grpc_port: int, models: tuple[ModelConfig, ...]) -> Wanted:
     given = (path for model in models for path in (model.engine.model, model.engine.tokenizer) if path is not None)
-    paths = dict.fromkeys(str(Path(name).expanduser().absolute()) for name in given if _is_path(name))
+    paths = dict.fromkeys(str(Path(name).expanduser().absolute()) for name in given if is_path(name))
     return Wanted((("HTTP", port), ("gRPC", grpc_port)), tuple(paths))
-
-
-def _is_path(name: str) -> bool:
-    """Not a preset's name or a hub id: those are fetched by each node for itself."""
-    return name.startswith(("/", ".", "~")) or Path(name).exists()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from octavo.cluster import wire
 from octavo.cluster.failures import Failure
-from octavo.cluster.overview import Overview, Replica, from_details, rate
+from octavo.cluster.overview import Overview, Replica, from_details, rate, ttft
 from octavo.cluster.overview_table import hit_rate, render, span
 from octavo.cluster.status import to_json
 from octavo.engine.types import EngineStats, RankStatus
@@ -59,7 +59,7 @@ def whole():
     failure = Failure(time.time(), "cccc", "10.0.0.2", "rank 3 (node 10.0.0.2, pid 9) was killed.")
     return replace(
         overview,
-        replicas=(replace(first, status=STATUS, tokens_per_s=1234.5), second),
+        replicas=(replace(first, status=STATUS, tokens_per_s=1234.5, ttft_s=0.0421), second),
         failures=(failure,),
         nodes=tuple(NODES.items()),
     )
@@ -117,6 +117,7 @@ def test_the_tables_say_it_all_and_fit(width):
         "1 of 2 replicas",
         "25%",
         "75%",
+        "42 ms",
         "STARTING",
         "The proxy on 10.0.0.2 is UNHEALTHY",
     ):
@@ -144,6 +145,9 @@ def test_rates_and_spans():
     assert rate(later, STATUS) == 250.0
     assert rate(STATUS, STATUS) is None
     assert hit_rate(EngineStats()) == "–"
+    early, late = EngineStats(first_tokens=2, first_token_s=1.0), EngineStats(first_tokens=4, first_token_s=1.5)
+    assert ttft(EngineStats(), None) is None
+    assert (ttft(early, None), ttft(late, early), ttft(late, late)) == (0.5, 0.25, 0.375)
     assert [span(s) for s in (0.4, 89, 600, 7380, 200000)] == ["0 s", "89 s", "10 min", "2 h 03", "2 d"]
 
 
