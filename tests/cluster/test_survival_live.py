@@ -72,7 +72,8 @@ def replicas() -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] == [f"ray::ServeReplica:{APP}:{ENGINE}"]:
+            # Ray writes there what the process is, and behind it, while it runs one, the name of a method.
+            if "".join(process.cmdline()[:1]).startswith(f"ray::ServeReplica:{APP}:{ENGINE}"):
                 found[process.pid] = process
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
@@ -162,6 +163,15 @@ async def test_a_killed_replica(client, expected, url):
     assert RESUMED
     await until(lambda: len(replicas()) == 2, 10)
     assert any("died" in why for why in reasons_since(started))
+
+
+async def test_all_replicas_killed(client, expected):
+    async def kill():
+        for victim in replicas():
+            os.kill(victim, signal.SIGKILL)
+
+    await disturb(client, expected, kill)
+    await until(lambda: len(replicas()) == 2, 20)
 
 
 async def test_a_stopped_replica(client, expected):
