@@ -126,7 +126,13 @@ class IngressHost(RpcHost):
         fleet = Fleet(make_policy(model.routing.policy), model.routing.max_index_blocks, metrics)
         client = ServeEngineClient(engine, self._receiver, fleet)
         client.start()
-        lasting = FailoverClient(client, model.routing.failover_timeout_s, metrics.resumed)
+        is_stopping = drain_flag()
+        lasting = FailoverClient(
+            client,
+            model.routing.failover_timeout_s,
+            metrics.resumed,
+            lambda: is_stopping() and not fleet.replicas,  # all of it stops: nobody will come
+        )
         return Service(settings, lasting, tokenizer, (metrics.registry,))
 
 

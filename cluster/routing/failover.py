@@ -52,13 +52,21 @@ class FailoverClient:
     """`timeout_s`: how long a request may be without a replica before it is given up. Its own deadline is the caller's
     to keep: closing `generate` ends the request, wherever it is.
 
-    `resumed` is called each time a request is submitted again after a loss.
+    `resumed` is called each time a request is submitted again after a loss. `is_hopeless`: whether no replica will come
+    any more, so that waiting for one would only keep the client in the dark.
     """
 
-    def __init__(self, client: Attempts, timeout_s: float, resumed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        client: Attempts,
+        timeout_s: float,
+        resumed: Callable[[], None] = lambda: None,
+        is_hopeless: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._client = client
         self._timeout_s = timeout_s
         self._resumed = resumed
+        self._is_hopeless = is_hopeless
 
     async def info(self) -> EngineInfo:
         return await self._client.info()
@@ -82,6 +90,8 @@ class FailoverClient:
                 raise ReplicaLost("The replica ended the request early.")
             except ReplicaLost as error:
                 search.lost(error)
+                if self._is_hopeless():
+                    raise ReplicaLost(f"The server is stopping and has no replica left: {error}") from error
                 self._resumed()
                 logger.warning(
                     "request %s goes on elsewhere behind %d tokens: %s", request.request_id, progress.num_tokens, error

@@ -159,6 +159,14 @@ async def test_without_a_replica_it_waits_until_its_time_is_over():
     assert len(got) == 3
 
 
+async def test_when_none_will_come_it_says_so_at_once():
+    replicas = Replicas([(3, HandedOver("stops"))])
+    got: list[TokenDelta] = []
+    error = await read(FailoverClient(replicas, 60.0, is_hopeless=lambda: True), request(), got)
+    assert "stopping" in str(error)
+    assert (len(got), len(replicas.seen)) == (3, 1)
+
+
 async def test_one_that_comes_in_time_takes_over():
     replicas = Replicas([lost(3), *[(-1, ReplicaLost("cannot be reached"))] * 5])
     assert await collect(FailoverClient(replicas, 5.0), request()) == deltas_of(request())
