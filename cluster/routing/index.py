@@ -14,8 +14,11 @@ from collections.abc import Iterator, Sequence
 from octavo.engine.core.prefix import Chain
 
 # Blocks between two looks at the index along a chain: the first is looked at alone, then the strides double up to this.
-MAX_STRIDE = 64
-SWEEP_CHUNK = 2048
+MAX_STRIDE = 128
+# Names in one shard, about. Growing a dict, or going over one, takes time in proportion to its size, a second for a
+# million names: here it is one shard at a time.
+SHARD = 1024
+MAX_SHARDS = 1024
 
 
 class BlockIndex:
@@ -23,7 +26,11 @@ class BlockIndex:
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._holders: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
+        count = 1 << min(MAX_SHARDS, max(1, max_blocks // SHARD)).bit_length() - 1
+        self._max_shard = max_blocks // count
+        # name → holders, least recently used first; which shard, its hash says
+        self._shards: list[OrderedDict[bytes, int]] = [OrderedDict() for _ in range(count)]
+        self._of = count - 1
         self._bits: dict[str, int] = {}  # replica → its bit, as a mask
         self._replicas: list[str] = []  # bit number → replica
         self._live = 0  # bits that stand for a replica
@@ -31,29 +38,35 @@ class BlockIndex:
         self._free: list[int] = []  # bit numbers no entry shows
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return sum(map(len, self._shards))
+
+    def names(self, replica: str) -> set[bytes]:
+        """All that `replica` is known to hold. Looks at everything."""
+        bit = self._bits.get(replica, 0)
+        return {name for shard in self._shards for name, known in shard.items() if known & bit}
 
     def store(self, replica: str, names: Sequence[bytes]) -> None:
         """`replica` holds the blocks `names`, in the order of their chain as far as they are of one."""
         bit = self._bits.get(replica) or self._new_bit(replica)
-        holders = self._holders
         for name in reversed(names):  # so that of one chain the leaf is forgotten before its ancestors
-            known = holders.get(name)
+            shard = self._shards[hash(name) & self._of]
+            known = shard.get(name)
             if known is None:
-                holders[name] = bit
+                shard[name] = bit
+                if len(shard) > self._max_shard:
+                    shard.popitem(last=False)
             else:
-                holders[name] = known & ~self._dead | bit
-                holders.move_to_end(name)
-        while len(holders) > self._max_blocks:
-            holders.popitem(last=False)
+                shard[name] = known & ~self._dead | bit
+                shard.move_to_end(name)
 
     def evict(self, replica: str, names: Sequence[bytes]) -> None:
         """`replica` no longer holds `names`."""
         bit = self._bits.get(replica, 0)
         for name in names:
-            known = self._holders.get(name, 0)
+            shard = self._shards[hash(name) & self._of]
+            known = shard.get(name, 0)
             if known & bit:
-                self._set(name, known & ~(bit | self._dead))
+                _set(shard, name, known & ~(bit | self._dead))
 
     def drop(self, replica: str) -> None:
         """Forget all that `replica` holds, and itself."""
@@ -68,12 +81,13 @@ class BlockIndex:
         few names along the chain are looked up, and the rest is bisected.
         """
         found: dict[str, int] = {}
-        total, holders = len(chain), self._holders
+        total, shards, of = len(chain), self._shards, self._of
         at, mask, stride = 0, self._live, 1
         while mask and at < total:
             to = min(total, at + stride)
             names = chain.names(to)
-            there = holders.get(names[to - 1], 0) & mask
+            name = names[to - 1]
+            there = shards[hash(name) & of].get(name, 0) & mask
             if there != mask:
                 self._find_ends(names, at, mask, to, there, found)
             at, mask, stride = to, there, min(MAX_STRIDE, 2 * stride)
@@ -82,11 +96,12 @@ class BlockIndex:
 
     def touch(self, chain: Chain, count: int) -> None:
         """The first `count` blocks of `chain` were used. Costs nothing while there is room for all."""
-        if 2 * len(self._holders) < self._max_blocks:
+        if 2 * len(self._shards[0]) < self._max_shard:
             return
         for name in reversed(chain.names(count)[:count]):
-            if name in self._holders:
-                self._holders.move_to_end(name)
+            shard = self._shards[hash(name) & self._of]
+            if name in shard:
+                shard.move_to_end(name)
 
     def sweep(self) -> Iterator[None]:
         """Remove the bits of replicas that were dropped so far. Yields often: the index may be used, and changed,
@@ -95,12 +110,10 @@ class BlockIndex:
         dead = self._dead
         if not dead:
             return
-        names = list(self._holders)
-        for start in range(0, len(names), SWEEP_CHUNK):
-            for name in names[start : start + SWEEP_CHUNK]:
-                known = self._holders.get(name, 0)
-                if known & dead:
-                    self._set(name, known & ~dead)
+        for shard in self._shards:
+            for name in list(shard):
+                if shard[name] & dead:
+                    _set(shard, name, shard[name] & ~dead)
             yield
         self._dead &= ~dead
         self._free.extend(number for number in range(dead.bit_length()) if dead >> number & 1)
@@ -116,12 +129,6 @@ class BlockIndex:
         self._live |= 1 << number
         return 1 << number
 
-    def _set(self, name: bytes, mask: int) -> None:
-        if mask:
-            self._holders[name] = mask
-        else:
-            del self._holders[name]
-
     def _find_ends(
         self, names: list[bytes], low: int, at_low: int, high: int, at_high: int, found: dict[str, int]
     ) -> None:
@@ -130,7 +137,8 @@ class BlockIndex:
             self._note(at_low & ~at_high, low, found)
             return
         middle = (low + high) // 2
-        at_middle = self._holders.get(names[middle - 1], 0) & at_low | at_high
+        name = names[middle - 1]
+        at_middle = self._shards[hash(name) & self._of].get(name, 0) & at_low | at_high
         if at_middle != at_low:
             self._find_ends(names, low, at_low, middle, at_middle, found)
         if at_middle != at_high:
@@ -141,3 +149,10 @@ class BlockIndex:
             lowest = mask & -mask
             found[self._replicas[lowest.bit_length() - 1]] = count
             mask ^= lowest
+
+
+def _set(shard: OrderedDict[bytes, int], name: bytes, mask: int) -> None:
+    if mask:
+        shard[name] = mask
+    else:
+        del shard[name]

@@ -41,8 +41,7 @@ class Ingress:
         await self.receiver.stop()
 
     def names(self, name):
-        bit = self.fleet.index._bits.get(name, 0)
-        return {block for block, mask in self.fleet.index._holders.items() if mask & bit}
+        return self.fleet.index.names(name)
 
 
 async def run(replica, given):
