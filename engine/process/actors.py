@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import select
@@ -50,7 +51,6 @@ def build_ranks(config: EngineConfig, phases: Phases, options: RankOptions) -> E
         raise
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class RankActor:
     """One rank. `run` goes on until the replica ends."""
 
@@ -63,6 +63,9 @@ class RankActor:
     def run(self, spec: RankSpec) -> None:
         gpus = ray.get_gpu_ids()
         run_rank(spec, _own_node(), int(gpus[0]) if gpus else None)
+
+
+_RemoteRank: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class RayLauncher:
     def start(self, specs: Sequence[RankSpec]) -> None:
         for spec, place in zip(specs, self._places, strict=True):
             name = f"octavo {spec.name} {self._label}"
-            self._actors.append(RankActor.options(name=name, **place).remote(name))
+            self._actors.append(_RemoteRank.options(name=name, **place).remote(name))
         for spec, actor in zip(specs, self._actors, strict=True):
             self._runs.append(actor.run.options(name=f"octavo {spec.name}").remote(spec))
 
@@ -171,7 +174,7 @@ class _Watched:
 def _start_ray(num_ranks: int) -> None:
     """A Ray for these ranks alone. Never one that happens to run on this machine: to join it is the caller's choice,
     by ray.init before."""
-    ray.init(address="local", num_cpus=max(_cores(), num_ranks), include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=max(_cores(), num_ranks), include_dashboard=False, logging_level=logging.ERROR)
 
 
 def _check_room(num_ranks: int, num_cpus: float, num_gpus: int, nodes: Any) -> None:
@@ -213,7 +216,9 @@ def _place(group: PlacementGroup, index: int, resources: dict[str, float]) -> di
 
 def _nodes() -> list[_Node]:
     return [
-        _Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+        _Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
     ]
 
 

@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 
 from octavo.engine.build import Phases
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import StepPlan
+from octavo.engine.core.plan import StepPlan, StepResult
 from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
@@ -265,7 +265,7 @@ class _Paced:
     def __init__(self, runner: Executes) -> None:
         self._runner = runner
 
-    def execute(self, plan: StepPlan) -> wire.StepResult:
+    def execute(self, plan: StepPlan) -> StepResult:
         result = self._runner.execute(plan)
         time.sleep(result.seconds)
         return result
