@@ -10,24 +10,29 @@ from fakes import until
 from ray import serve
 
 from octavo.cluster.app import APP, build_app
+from octavo.cluster.client import AsyncClient, DeadlineExceeded
 from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.ingress.grpc.register import SERVICER_FUNCTIONS
 from octavo.cluster.machine import free_ports
 from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.token_receiver import TokenReceiver
-from octavo.engine.errors import CapacityError, RequestError
+from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
 ENGINE = "engine-fake"
 ARGS = {"model": "fake", "engine": {"max_num_seqs": 2, "max_num_queued_reqs": 3}, "drain_timeout_s": 5}
+TARGET: list[str] = []  # gRPC's, once there is one
 
 
 @pytest.fixture(scope="module")
 def url():
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    (port,) = free_ports(1)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    port, grpc_port = free_ports(2)
+    grpc_options = {"port": grpc_port, "grpc_servicer_functions": list(SERVICER_FUNCTIONS)}
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, grpc_options=grpc_options)
     serve.run(build_app(ARGS), name=APP, route_prefix="/")
+    TARGET.append(f"127.0.0.1:{grpc_port}")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
@@ -124,6 +129,31 @@ async def test_a_client_that_hangs_up(client, url):
         assert (await anext(lines)).startswith("data: ")
         await stats_become(client, num_running=1)
     await idle(client)
+
+
+async def test_grpc_through_serves_own_proxy(client, url):
+    """What differs from HAProxy: the call reaches the ingress through a handle."""
+    asked = {"temperature": 0, "ignore_eos": True}
+    async with AsyncClient(TARGET[0]) as rpc:
+        whole = await rpc.generate("Once", max_tokens=30, **asked)
+        chunks = [chunk async for chunk in rpc.stream("Once", max_tokens=30, **asked)]
+        assert "".join(chunk.text for chunk in chunks) == whole.text
+        assert chunks[-1].usage.completion_tokens == 30
+        for bad, kind in (({"top_p": 3}, RequestError), ({"model": "x"}, NotFoundError)):
+            with pytest.raises(kind) as caught:
+                await rpc.generate("Once", **bad)
+            with pytest.raises(kind) as streamed:
+                _ = [chunk async for chunk in rpc.stream("Once", **bad)]
+            assert caught.value.param == streamed.value.param == next(iter(bad))
+        for number in range(6):  # the proxy may be waiting for a message then, or sending one
+            stream = rpc.stream("Once", max_tokens=4000, **asked)
+            for _ in range(1 + 5 * number):
+                await anext(stream)
+            await stream.aclose()
+            await idle(client)
+        with pytest.raises(DeadlineExceeded):
+            _ = [chunk async for chunk in rpc.stream("Once", max_tokens=4000, timeout_s=0.3, **asked)]
+        await idle(client)
 
 
 async def test_health(client, url):

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from octavo.cluster.ingress.grpc.proxy import leaving_noticed
 from octavo.protos.octavo.v1 import inference_pb2
 
 # For Serve's gRPCOptions. Every node must be able to import them.
@@ -28,5 +29,6 @@ def add_inference(servicer: Any, server: Any) -> None:
     for method in service.methods:
         kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         handlers[method.name] = kind(getattr(servicer, method.name))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
-    server.add_registered_method_handlers(service.full_name, handlers)
+    with leaving_noticed(server):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+        server.add_registered_method_handlers(service.full_name, handlers)
