@@ -41,8 +41,9 @@ class EngineConfig:
     quantization: auto = as the checkpoint is; none = floats, whatever the checkpoint is; int8, int4, fp8 = made of any
         checkpoint while loading; the name of a checkpoint's own format asks for just that.
     quantize_lm_head: false = the head (and an embedding tied to it) stays in floats.
-    batch_invariant: a request gets bit-identical logits alone or batched, whole or in chunks, fresh or resumed. The
-        native CPU ops do so always; true = refuse to start where it is not so.
+    batch_invariant: a request gets bit-identical logits alone or batched, whole or in chunks, fresh or resumed, and in
+        any layout of ranks. The native CPU ops do so always within one layout; true = send more between ranks for the
+        last, and refuse to start where it is not so.
     kernels: force one kernel body ("ref", "cpu"); None = the best available.
     """
 

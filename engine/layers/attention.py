@@ -11,7 +11,7 @@ from torch import nn
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.heads import share_heads
 from octavo.engine.layers.kv import KVSpec
-from octavo.engine.layers.linear import QKVLinear, RowParallelLinear
+from octavo.engine.layers.linear import QKVLinear, row_parallel
 from octavo.engine.layers.norm import RMSNorm
 from octavo.engine.layers.rotary import Rotary
 from octavo.engine.layers.weight import Cut
@@ -75,12 +75,13 @@ class SelfAttention(nn.Module):
         k_norm: RMSNorm | None = None,
     ) -> None:
         super().__init__()
-        mine = share_heads(spec.num_heads, spec.num_kv_heads, ctx.mesh.tp.size)[ctx.mesh.tp.rank]
-        query, kv = Cut(mine.query, spec.num_heads), Cut(mine.kv, spec.num_kv_heads)
-        kv_heads = len(mine.kv)
-        self.heads, self.head_size = (len(mine.query), kv_heads, kv_heads), spec.head_size
+        tp, shares = ctx.mesh.tp, share_heads(spec.num_heads, spec.num_kv_heads, ctx.mesh.tp.size)
+        query = Cut(tuple(share.query for share in shares), tp.rank, spec.num_heads)
+        kv = Cut(tuple(share.kv for share in shares), tp.rank, spec.num_kv_heads)
+        kv_heads = len(kv.share)
+        self.heads, self.head_size = (len(query.share), kv_heads, kv_heads), spec.head_size
         self.qkv_proj = QKVLinear(ctx, spec.width, query, kv, spec.head_size, bias=spec.qkv_bias)
-        self.o_proj = RowParallelLinear(ctx, query.times(spec.head_size), spec.width, bias=spec.out_bias)
+        self.o_proj = row_parallel(ctx, query.times(spec.head_size), spec.width, bias=spec.out_bias)
         self.q_norm, self.k_norm, self.rotary = q_norm, k_norm, rotary
         kv_dtype = str(ctx.kv_dtype or ctx.dtype).removeprefix("torch.")
         kv_spec = KVSpec(kv_heads, spec.head_size, kv_dtype, spec.window)

@@ -19,7 +19,8 @@ class BuildContext:
     dtype: of weights and activations. kv_dtype: that KV is stored in; None = dtype. max_model_len: the longest sequence
     that will be served, in tokens: positions are 0 … max_model_len - 1; None = the model's own limit (`build_model`
     fills it in). How matrices are kept and applied: linear_method those of linear layers, head_method the head's and a
-    table tied to it, table_method other tables.
+    table tied to it, table_method other tables. whole_products: layers after a cut one do not add up what ranks
+    computed of a product (see layers/linear.py, GatheredLinear).
     """
 
     mesh: Mesh
@@ -31,6 +32,7 @@ class BuildContext:
     linear_method: LinearMethod = field(default_factory=Unquantized)
     head_method: LinearMethod = field(default_factory=Unquantized)
     table_method: LinearMethod = field(default_factory=Unquantized)
+    whole_products: bool = False
 
     @property
     def num_positions(self) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from octavo.engine.layers.attention import KVCaches, SelfAttention
 from octavo.engine.layers.context import BuildContext
-from octavo.engine.layers.embedding import LearnedPositions, LMHead, VocabParallelEmbedding, gather_vocab, vocab_shares
+from octavo.engine.layers.embedding import LearnedPositions, LMHead, VocabParallelEmbedding, vocab_shares
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.layers.norm import LayerNorm, RMSNorm
 from octavo.kernels.ops import AttentionBatch
@@ -112,7 +112,7 @@ class CausalLM(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [R, width] rows of the last stage's result → [R, V] float32 on every tp rank, whole rows gathered."""
         local = self.local_logits(hidden)
-        return local if self.tp.size == 1 else gather_vocab(self.tp, local, self.vocab_shares, self.vocab_size)
+        return self.tp.gather_shares(local, self.vocab_shares)
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `logits`, but only the token ids of this rank: [R, len(vocab_shares[tp rank])]."""

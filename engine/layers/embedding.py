@@ -18,7 +18,7 @@ class VocabTable(Layer):
         super().__init__()
         self.group, self.vocab_size, self.dtype, self.device = ctx.mesh.tp, vocab_size, ctx.dtype, ctx.device
         self.shares = vocab_shares(self.group, vocab_size)
-        self.part = Cut(self.shares[self.group.rank], vocab_size).part()
+        self.part = Cut(self.shares, self.group.rank, vocab_size).part()
         self.method: LinearMethod | None = method
         if method is not None:
             method.create(self, (self.part.size, width), ShardRule(0, (self.part,)))
@@ -43,18 +43,6 @@ class VocabTable(Layer):
 def vocab_shares(group: Group, vocab_size: int) -> tuple[range, ...]:
     """Every rank's token ids."""
     return group.shares(vocab_size, _VOCAB_UNIT)
-
-
-def gather_vocab(group: Group, local: torch.Tensor, shares: tuple[range, ...], vocab_size: int) -> torch.Tensor:
-    """local: [R, V of this rank] → [R, V], whole rows."""
-    widest = max(len(share) for share in shares)
-    padded = local.new_zeros(len(local), widest)
-    padded[:, : local.shape[1]] = local
-    everyone = group.all_gather(padded)
-    rows = local.new_empty(len(local), vocab_size)
-    for share, theirs in zip(shares, everyone, strict=True):
-        rows[:, share.start : share.stop] = theirs[:, : len(share)]
-    return rows
 
 
 _VOCAB_UNIT = 64  # whole panels and vectors of the ops

@@ -82,3 +82,26 @@ class RowParallelLinear(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias if self.group.is_first else None  # the sum must contain it once
         return self.group.all_reduce(self.method.apply(self, x, bias))
+
+
+class GatheredLinear(Linear):
+    """RowParallelLinear's place, computed another way: x [T, in/tp] is gathered, the outputs are cut over tp and
+    gathered in turn → [T, out]. Every product is summed whole by one rank, so the result has the same bits in any
+    layout; more is sent.
+    """
+
+    def __init__(self, ctx: BuildContext, cut: Cut, outputs: int, bias: bool) -> None:
+        self.group, self.shares = ctx.mesh.tp, cut.shares
+        self.out_shares = self.group.shares(outputs, ctx.linear_method.cut_unit)
+        out = Cut(self.out_shares, self.group.rank, outputs)
+        super().__init__(ctx, (out.part(),), whole_part(cut.whole), bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = self.group.gather_shares(x, self.shares)
+        return self.group.gather_shares(self.method.apply(self, whole, self.bias), self.out_shares)
+
+
+def row_parallel(ctx: BuildContext, cut: Cut, outputs: int, bias: bool) -> RowParallelLinear | GatheredLinear:
+    """The layer after one whose outputs are cut: inputs as `cut` says, outputs on every rank."""
+    gathered = ctx.whole_products and ctx.mesh.tp.size > 1
+    return (GatheredLinear if gathered else RowParallelLinear)(ctx, cut, outputs, bias)

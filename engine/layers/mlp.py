@@ -11,7 +11,7 @@ from torch import nn
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
-from octavo.engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from octavo.engine.layers.linear import ColumnParallelLinear, row_parallel
 from octavo.engine.layers.weight import Cut
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         cut = _cut(ctx, inner)
         self.gate_up_proj = ColumnParallelLinear(ctx, width, cut, bias, names=("gate", "up"))
-        self.down_proj = RowParallelLinear(ctx, cut, width, bias)
+        self.down_proj = row_parallel(ctx, cut, width, bias)
         self.activation = getattr(ctx.ops, _lookup(GATED, activation))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class PlainMLP(nn.Module):
         super().__init__()
         cut = _cut(ctx, inner)
         self.up_proj = ColumnParallelLinear(ctx, width, cut, bias)
-        self.down_proj = RowParallelLinear(ctx, cut, width, bias)
+        self.down_proj = row_parallel(ctx, cut, width, bias)
         act = _lookup(PLAIN, activation)
         self.activation = getattr(ctx.ops, act) if isinstance(act, str) else act
 
@@ -58,7 +58,7 @@ class PlainMLP(nn.Module):
 
 def _cut(ctx: BuildContext, inner: int) -> Cut:
     """The rank's channels, cut where the linear method likes it best."""
-    return Cut(ctx.mesh.tp.shares(inner, ctx.linear_method.cut_unit)[ctx.mesh.tp.rank], inner)
+    return Cut(ctx.mesh.tp.shares(inner, ctx.linear_method.cut_unit), ctx.mesh.tp.rank, inner)
 
 
 def _lookup(table: dict[str, T], name: str) -> T:

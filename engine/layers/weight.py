@@ -74,14 +74,20 @@ class ShardRule:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What this rank has of `whole` things in a row: those of `share`."""
+    """What each rank of a group has of `whole` things in a row, this one those of `share`. Ranks may share a thing."""
 
-    share: range
+    shares: tuple[range, ...]
+    rank: int
     whole: int
+
+    @property
+    def share(self) -> range:
+        return self.shares[self.rank]
 
     def times(self, size: int) -> Cut:
         """Each thing is `size` long."""
-        return Cut(range(self.share.start * size, self.share.stop * size), self.whole * size)
+        longer = tuple(range(share.start * size, share.stop * size) for share in self.shares)
+        return Cut(longer, self.rank, self.whole * size)
 
     def part(self, name: str = "", start: int = 0) -> Part:
         return Part(name, start, len(self.share), self.share.start, self.whole)

@@ -52,6 +52,15 @@ class Group:
         """x: [...], of one shape and dtype on all ranks → [size, ...], in rank order. Size 1: a view of x."""
         return x.unsqueeze(0) if self.size == 1 else self._link.all_gather(x)
 
+    def gather_shares(self, x: torch.Tensor, shares: tuple[range, ...]) -> torch.Tensor:
+        """x: [T, this rank's share] → [T, whole]: columns that lie dealt over the ranks, together again."""
+        if self.size == 1:
+            return x
+        padded = x.new_zeros(len(x), max(len(share) for share in shares))
+        padded[:, : x.shape[1]] = x
+        everyone = self.all_gather(padded)
+        return torch.cat([theirs[:, : len(share)] for share, theirs in zip(shares, everyone, strict=True)], dim=1)
+
     def send(self, x: torch.Tensor, to: int) -> None:
         """Send x to rank `to` of the group. x may be overwritten at once; the other side's pace is not waited for,
         unless it is several tensors behind."""

@@ -19,12 +19,14 @@ ON_LOAD = ("int8", "int4", "fp8")
 @dataclass(frozen=True, slots=True)
 class Methods:
     """name: of the number format; linear: of linear layers; head: of the head and a table tied to it; table: of other
-    embedding tables."""
+    embedding tables. rounds_inputs: linear layers multiply with inputs rounded to 8 bits, which makes a last bit's
+    difference in them one of a hundredth in what comes out."""
 
     name: str
     linear: LinearMethod
     head: LinearMethod
     table: LinearMethod
+    rounds_inputs: bool = False
 
 
 def choose_methods(quantization: str, quantize_lm_head: bool, stored: str | None, ops: Ops) -> Methods:
@@ -39,7 +41,8 @@ def choose_methods(quantization: str, quantize_lm_head: bool, stored: str | None
         plain = PackedMethod(ops, dequantize=True) if native else Unquantized()
         # The head's errors are the logits' errors, and it is a small part of most models.
         head = PackedMethod(ops, quantizer("int8"), dequantize=True) if quantization == "int4" else quantized
-        return Methods(quantization, quantized, head if quantize_lm_head else plain, plain)
+        rounds = native and quantization != "fp8"
+        return Methods(quantization, quantized, head if quantize_lm_head else plain, plain, rounds)
     if quantization not in ("auto", "none", stored):
         has = f"is in {stored}" if stored else "holds floats"
         raise ConfigError(
@@ -50,4 +53,5 @@ def choose_methods(quantization: str, quantize_lm_head: bool, stored: str | None
         plain = PackedMethod(ops, dequantize=True) if native else Unquantized()
         return Methods("none", plain, plain, plain)
     kept = PackedMethod(ops)
-    return Methods(stored, kept, kept if quantize_lm_head else PackedMethod(ops, dequantize=True), kept)
+    head = kept if quantize_lm_head else PackedMethod(ops, dequantize=True)
+    return Methods(stored, kept, head, kept, rounds_inputs=native and stored != "fp8")

@@ -136,6 +136,7 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
             linear_method=methods.linear,
             head_method=methods.head,
             table_method=methods.table,
+            whole_products=config.batch_invariant or methods.rounds_inputs,
         )
         model = build_model(checkpoint.config, context)
     with phases.phase("load weights"), _one_thread():
