@@ -245,7 +245,8 @@ def _watch(console: Console, before: Overview, old: set[str], timeout: float) ->
                 if message not in stale and (sentence := re.search(r"ConfigError: (.+)", message)):
                     raise Failed(sentence.group(1).strip())
             if overview.app_status == "DEPLOY_FAILED":
-                raise Failed(overview.app_message.strip() or "Serve does not say why.")
+                reasons = [message.strip() for message in messages(overview) if message.strip()]
+                raise Failed(" ".join(reasons) or "Serve does not say why.")
             if time.monotonic() > deadline:
                 raise Failed(f"it does not run after {timeout:g} s ({line}).")
             time.sleep(POLL_S)
