@@ -50,6 +50,10 @@ class Server:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_until_ready(self, timeout_s: float) -> None:
         """Until /health answers 200. Raises ServerError if it ends before, or takes too long."""
         deadline = self.began + timeout_s

@@ -25,6 +25,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from octavo.cluster.autoscaling_policy import serve_config
 from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.ingress.grpc.host import RpcHost
 from octavo.cluster.ingress.settings import IngressSettings
@@ -125,7 +126,7 @@ class IngressHost(RpcHost):
         metrics = RoutingMetrics(settings.served_model_names[0])
         fleet = Fleet(make_policy(model.routing.policy), model.routing.max_index_blocks, metrics)
         client = ServeEngineClient(engine, self._receiver, fleet)
-        client.start()
+        client.start(model.may_be_away)
         is_stopping = drain_flag()
         lasting = FailoverClient(
             client,
@@ -133,7 +134,7 @@ class IngressHost(RpcHost):
             metrics.resumed,
             lambda: is_stopping() and not fleet.replicas,  # all of it stops: nobody will come
         )
-        return Service(settings, lasting, tokenizer, (metrics.registry,))
+        return Service(settings, lasting, tokenizer, (metrics.registry,), fleet.expected_wait_s)
 
 
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
@@ -174,7 +175,8 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         placement = {"ray_actor_options": {"num_cpus": per_rank["CPU"], "num_gpus": per_rank["GPU"]}}
     pool = serve.deployment(
         name=engine_name(model),
-        num_replicas=model.num_replicas,
+        num_replicas=model.num_replicas if model.autoscaling is None else None,
+        autoscaling_config=serve_config(model, log_level),
         max_surge_percent=model.max_surge_percent,
         **placement,
         max_ongoing_requests=MAX_ONGOING,
@@ -223,6 +225,9 @@ def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) ->
         max_prompt_tokens=limits.max_prompt_tokens,
         max_choices=limits.max_choices,
         max_ongoing_requests=limits.max_ongoing_requests,
+        max_queue_wait_s=limits.max_queue_wait_s,
+        may_be_away=model.may_be_away,
+        start_timeout_s=model.autoscaling.start_timeout_s if model.autoscaling else 0.0,
         request_timeout_s=limits.request_timeout_s,
         chat_template=_chat_template(model.chat_template),
         trust_request_chat_template=config.trust_request_chat_template,

@@ -52,13 +52,16 @@ class Limits:
     """What one ingress accepts. None = no limit but the engine's own.
 
     max_body_bytes: longest request body. max_prompt_tokens: longest prompt. max_choices: prompts × n of one request.
-    max_ongoing_requests: requests in progress at one ingress. request_timeout_s: age at which a request is ended.
+    max_ongoing_requests: requests in progress at one ingress.
+    max_queue_wait_s: a request that would wait longer for its turn, at every replica, gets 429 at once, with the time
+        after which to try again. request_timeout_s: age at which a request is ended.
     """
 
     max_body_bytes: int = 32 * MIB
     max_prompt_tokens: int | None = None
     max_choices: int = 2048
     max_ongoing_requests: int | None = None
+    max_queue_wait_s: float | None = 30.0
     request_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +106,7 @@ class Autoscaling:
     upscale_delay_s, downscale_delay_s: how long more, or fewer, replicas must have been wanted without a break.
         downscale_to_zero_delay_s: from one to none; None = downscale_delay_s.
     look_back_period_s: over which the signals are averaged.
+    start_timeout_s: how long a request may wait for the first replica of a model that had gone away.
     """
 
     min_replicas: int = 1
@@ -115,6 +119,7 @@ class Autoscaling:
     downscale_delay_s: float = 300.0
     downscale_to_zero_delay_s: float | None = None
     look_back_period_s: float = 10.0
+    start_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         if self.min_replicas < 0:
@@ -129,7 +134,9 @@ class Autoscaling:
                 f"autoscaling.initial_replicas ({self.initial_replicas}) must lie between min_replicas "
                 f"({self.min_replicas}) and max_replicas ({self.max_replicas})."
             )
-        for name in ("target_queued_tokens", "target_kv_usage", "target_ttft_s", "look_back_period_s"):
+        for name in ("target_queued_tokens", "target_kv_usage", "target_ttft_s"):
+            _above_zero(f"autoscaling.{name}", getattr(self, name))
+        for name in ("look_back_period_s", "start_timeout_s"):
             _above_zero(f"autoscaling.{name}", getattr(self, name))
         if self.target_kv_usage > 1:
             raise ConfigError(f"autoscaling.target_kv_usage must be at most 1, got {self.target_kv_usage}.")
@@ -187,6 +194,11 @@ class ModelConfig:
         if self.engine.is_fake:
             return "fake"
         return re.split(r"[/\\]", self.engine.model.rstrip("/\\"))[-1].removesuffix(".gguf")
+
+    @property
+    def may_be_away(self) -> bool:
+        """Whether there is no replica at times, because nobody asks for the model."""
+        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
 
     @property
     def max_replicas(self) -> int:

@@ -124,6 +124,7 @@ FLAGS: tuple[Flag, ...] = (
         max_prompt_tokens="Longest prompt, in tokens.",
         max_choices="The most answers one request may ask for, prompts times n.",
         max_ongoing_requests="Requests in progress beyond which new ones get 429.",
+        max_queue_wait_s="Expected seconds in the queue beyond which new requests get 429.",
         request_timeout_s="Seconds after which a request is ended.",
     ),
     *_panel(
@@ -158,6 +159,7 @@ FLAGS: tuple[Flag, ...] = (
         downscale_delay_s="Seconds that fewer replicas must be wanted.",
         downscale_to_zero_delay_s="Seconds without a request before the last replica goes.",
         look_back_period_s="Seconds over which the load is averaged.",
+        start_timeout_s="Seconds that a request may wait for the first replica.",
     ),
 )
 
@@ -175,6 +177,8 @@ _SPELLINGS = {
     "downscale_delay_s": "--downscale-delay",
     "downscale_to_zero_delay_s": "--downscale-to-zero-delay",
     "look_back_period_s": "--look-back-period",
+    "start_timeout_s": "--start-timeout",
+    "max_queue_wait_s": "--max-queue-wait",
 }
 
 

@@ -16,11 +16,12 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from octavo.cluster import wire
+from octavo.cluster.autoscaling import sample_of
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.cluster.progress import Progress, Supervisor
 from octavo.cluster.publisher import Publisher
@@ -146,6 +147,12 @@ class EngineReplica:
 
     def stats(self) -> bytes:
         return bytes(wire.stats_to_proto(self._loop.stats()).SerializeToString())
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's controller is to know of the load: autoscaling_policy.METRICS."""
+        said = asdict(sample_of(self._loop.stats(), self._info.block_size))
+        del said["at"]  # Serve notes the time
+        return said
 
     def status(self) -> bytes:
         """For `octavo status`: wire.ReplicaStatus."""

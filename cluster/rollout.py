@@ -35,7 +35,8 @@ def engine_version(model: ModelConfig, log_level: str) -> str:
 
 def ingress_version(config: DeploymentConfig) -> str:
     models = tuple(_without(model, NOT_IN_INGRESSES) for model in config.models)
-    return _digest(models, replace(config, models=(ModelConfig(),), num_ingresses=1))
+    away = tuple(m.autoscaling.start_timeout_s for m in config.models if m.autoscaling and m.may_be_away)
+    return _digest(models, away, replace(config, models=(ModelConfig(),), num_ingresses=1))
 
 
 def compare(

@@ -148,7 +148,8 @@ def _operator_paths(app: FastAPI, catalog: Catalog) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(exposition(await asyncio.gather(*map(_counted, catalog))), media_type=CONTENT_TYPE)
+        known = [service for service in catalog if not service.is_unknown]
+        return Response(exposition(await asyncio.gather(*map(_counted, known))), media_type=CONTENT_TYPE)
 
 
 async def _counted(service: Service) -> tuple[IngressMetrics, Sequence[EngineStats]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
+from octavo.cluster.ingress.admission import Admission
 from octavo.cluster.ingress.client import EngineClient, ReplicaLost
 from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.logprobs import TokenNames
@@ -37,7 +38,10 @@ _KNOWN_UNKNOWN_FIELDS = 1000  # names remembered, so that a client which invents
 
 
 class Service:
-    """One model behind one ingress. Lives on one event loop. `registries`: what else its metrics show."""
+    """One model behind one ingress. Lives on one event loop.
+
+    registries: what else its metrics show. expected_wait_s: of a request that comes now, for its turn at a replica.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class Service:
         client: EngineClient,
         tokenizer: Tokenizer,
         registries: Sequence[CollectorRegistry] = (),
+        expected_wait_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.settings = settings
         self.client = client
@@ -52,13 +57,25 @@ class Service:
         self.names = TokenNames(tokenizer)
         self.prompts = PromptMaker(settings, tokenizer)
         self.places = Places(settings.max_ongoing_requests)
+        self._admission = Admission(settings.max_queue_wait_s, expected_wait_s)
+        self._has_been_here = False
         self._registries = registries
         self._metrics: IngressMetrics | None = None
         self._reported: set[str] = set()
 
     async def info(self) -> EngineInfo:
-        """Of one of the engines; all are equal but while a new version is rolled out."""
-        return await self._soon(self.client.info())
+        """Of one of the engines; all are equal but while a new version is rolled out. Waits for one that has to start
+        first, if the model may be away.
+        """
+        within_s = self.settings.start_timeout_s if self.settings.may_be_away else ENGINE_ANSWER_S
+        info = await self._soon(self.client.info(), within_s)
+        self._has_been_here = True
+        return info
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nobody has asked for the model yet: to ask what it is would bring it here."""
+        return self.settings.may_be_away and not self._has_been_here
 
     async def metrics(self) -> IngressMetrics:
         info = await self.info()
@@ -67,15 +84,21 @@ class Service:
         return self._metrics
 
     async def stats(self) -> list[EngineStats]:
-        """A snapshot of each replica. Raises ReplicaLost if none answers in time."""
-        engines = await self._soon(self.client.stats())
-        if not engines:
+        """A snapshot of each replica. Raises ReplicaLost if none answers in time, unless the model may be away."""
+        try:
+            engines = await self._soon(self.client.stats())
+        except ReplicaLost:
+            engines = []
+            if not self.settings.may_be_away:
+                raise
+        if not engines and not self.settings.may_be_away:
             raise ReplicaLost("No engine is running.")
         return engines
 
     async def check_ready(self) -> None:
         """Raises ReplicaLost unless a replica that is there now has generated a token since it started."""
-        if not any(engine.generation_tokens for engine in await self.stats()):
+        engines = await self.stats()
+        if engines and not any(engine.generation_tokens for engine in engines):
             raise ReplicaLost(f"No replica of {self.name} has generated a token yet.")
 
     def check(self, body: Body) -> None:
@@ -119,15 +142,15 @@ class Service:
 
     async def model(self, name: str) -> dict[str, Any]:
         """The entry of /v1/models for `name`."""
-        info = await self.info()
+        info = None if self.is_unknown else await self.info()
         return {
             "id": name,
             "object": "model",
             "created": self.settings.created,
             "owned_by": "octavo",
-            "root": self.settings.model_source or info.model,
+            "root": self.settings.model_source or (info.model if info else name),
             "parent": None,
-            "max_model_len": info.max_model_len,
+            "max_model_len": info.max_model_len if info else None,
         }
 
     @property
@@ -142,6 +165,11 @@ class Service:
             self.places.check()
         except CapacityError:
             metrics.rejected("max_ongoing_requests")
+            raise
+        try:
+            self._admission.check()
+        except CapacityError:
+            metrics.rejected("max_queue_wait_s")
             raise
         for name, value in (("cache_salt", body.cache_salt), ("request_id", body.request_id)):
             if value is not None and not 0 < len(value) <= MAX_NAME_CHARS:
@@ -193,12 +221,12 @@ class Service:
             only_scores=only_scores(body),
         )
 
-    async def _soon(self, answer: Awaitable[T]) -> T:
+    async def _soon(self, answer: Awaitable[T], within_s: float = ENGINE_ANSWER_S) -> T:
         try:
-            async with asyncio.timeout(ENGINE_ANSWER_S):
+            async with asyncio.timeout(within_s):
                 return await answer
         except TimeoutError:
-            raise ReplicaLost(f"No engine has answered for {ENGINE_ANSWER_S:g} s.") from None
+            raise ReplicaLost(f"No engine has answered for {within_s:g} s.") from None
 
     async def text(self, prompt: Prompt) -> str:
         """What the prompt says."""

@@ -21,6 +21,9 @@ class IngressSettings:
     max_body_bytes: longest request body (413). max_prompt_tokens: longest prompt; None = the model's context.
     max_choices: the most sequences one request may ask for, prompts × n.
     max_ongoing_requests: requests in progress here beyond which new ones get 429; None = the engines' limits alone.
+    max_queue_wait_s: expected wait for a replica's turn beyond which new requests get 429; None = no limit.
+    may_be_away: there may be no replica while nobody asks for the model; a request then waits up to start_timeout_s for
+        one, and whoever only looks is told that all is well.
     request_timeout_s: a request older than this ends with an error; None = no limit.
     early_errors_s: how long a stream's status line waits for the first token, so that a refusal can still be a 4xx.
     defaults: sampling values for requests that name none; None = what the model's authors recommend.
@@ -39,6 +42,9 @@ class IngressSettings:
     max_prompt_tokens: int | None = None
     max_choices: int = 2048
     max_ongoing_requests: int | None = None
+    max_queue_wait_s: float | None = None
+    may_be_away: bool = False
+    start_timeout_s: float = 600.0
     request_timeout_s: float | None = None
     early_errors_s: float = 5.0
     defaults: GenerationDefaults | None = None

@@ -49,11 +49,13 @@ class ServeEngineClient:
         self._receiver = receiver
         self._info: EngineInfo | None = None
         self._info_at = 0.0  # monotonic, when it was last asked for
+        self._may_be_away = False
         self._watching: set[asyncio.Task[None]] = set()  # asyncio itself keeps only weak references
 
-    def start(self) -> None:
-        """Hear of the replicas' load and blocks from now on."""
-        self._pool.start(self._receiver)
+    def start(self, may_be_away: bool = False) -> None:
+        """Hear of the replicas' load and blocks from now on; of a model that may be away, from the first request on."""
+        self._may_be_away = may_be_away
+        self._pool.start(self._receiver, may_be_away)
 
     async def close(self) -> None:
         await self._pool.close()
@@ -66,10 +68,15 @@ class ServeEngineClient:
         """
         if self._info is None:
             return await self._ask_info()
-        if time.monotonic() - self._info_at > INFO_S:
+        if time.monotonic() - self._info_at > INFO_S and not self._is_away:
             self._info_at = time.monotonic()
             self._keep(self._ask_info_again())
         return self._info
+
+    @property
+    def _is_away(self) -> bool:
+        """Whether to ask the model anything would bring it back."""
+        return self._may_be_away and not self._pool.fleet.replicas
 
     async def _ask_info(self) -> EngineInfo:
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from octavo.cluster.observability.routing import RoutingMetrics
 from octavo.cluster.routing.index import BlockIndex
+from octavo.cluster.routing.pace import Pace
 from octavo.cluster.routing.policies import Load, Policy, keep_session
 from octavo.engine.core.blocks import BlockChanges
 from octavo.engine.core.prefix import Chain
@@ -56,6 +57,7 @@ class _Member:
     load: Load
     stats: EngineStats = field(default_factory=EngineStats)
     heard_at: float | None = None
+    pace: Pace = field(default_factory=Pace)
     is_lost: bool = False
     hit_rate: float = 0.0  # of its prefix cache, lately
     # Of what this ingress has placed there and has no first token of: requests, prompt tokens, tokens to be computed.
@@ -107,6 +109,7 @@ class Fleet:
                 rate = (stats.prefix_hits - member.stats.prefix_hits) / looked_up
                 member.hit_rate += min(1.0, looked_up / HIT_RATE_TOKENS) * (rate - member.hit_rate)
             member.stats, member.heard_at = stats, now
+            member.pace.observe(stats, now)
             if member.is_lost:
                 member.is_lost = False
                 self._sort_out()
@@ -184,6 +187,12 @@ class Fleet:
                 self._expect(placing)
         return [load.replica for load in ranked]
 
+    def expected_wait_s(self) -> float:
+        """How long a request that comes now would wait for its turn, where that is the shortest; 0 if nobody knows."""
+        with self._lock:
+            heard = (member for member in self._members.values() if not member.is_lost)
+            return min((member.pace.wait_s(_waiting_tokens(member)) for member in heard), default=0.0)
+
     def moved(self, placing: Placing, replica: str) -> None:
         """Serve has sent the request to another replica than the best."""
         with self._lock:
@@ -251,6 +260,11 @@ class Fleet:
     def _sort_out(self) -> None:
         self._usable = [member.load for member in self._members.values() if not member.is_lost]
         self._doubtful = [member.load for member in self._members.values() if member.is_lost]
+
+
+def _waiting_tokens(member: _Member) -> float:
+    """Prompt tokens before a newcomer: what waits there, or what this ingress knows to be on its way."""
+    return max(member.stats.waiting_tokens, member.own_tokens - member.stats.prefill_tokens)
 
 
 def _weigh(member: _Member) -> None:

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from octavo.cluster import wire
 from octavo.cluster.routing.fleet import Fleet, Placing
-from octavo.cluster.routing.router import Call, Watcher
+from octavo.cluster.routing.router import Call
 from octavo.cluster.routing.watch import Watch
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.core.prefix import Chain
@@ -42,7 +42,6 @@ class Pool:
         *arguments: Any,
         placing: Placing | None = None,
         only: str | None = None,
-        watcher: Watcher | None = None,
     ) -> Any:
         """A control call, and what its router is to know (see Call). Returns Serve's response.
 
@@ -50,7 +49,7 @@ class Pool:
         internal id, and its RequestRouter finds only one waiting call by an id: a second one would hang.
         """
         remote = getattr(self._handle, method).remote
-        call = Call(self.fleet, placing, only, watcher)
+        call = Call(self.fleet, placing, only, self._watch)
         return contextvars.Context().run(lambda: remote(*arguments, call))
 
     def placing(self, request: Request, block_size: int, avoid: Collection[str] = ()) -> Placing:
@@ -61,8 +60,11 @@ class Pool:
         blocks = Chain(tokens, block_size, request.cache_salt)
         return Placing(len(tokens), blocks, request.session_id, frozenset(avoid))
 
-    def start(self, receiver: TokenReceiver) -> None:
-        """Subscribe with the replicas there are and those that come; they dial back to `receiver`, which is started."""
+    def start(self, receiver: TokenReceiver, may_be_away: bool = False) -> None:
+        """Subscribe with the replicas there are and those that come; they dial back to `receiver`, which is started.
+
+        may_be_away: do so from the first request on. To ask for the model before would bring it here.
+        """
         address = wire.encode_ingress(receiver.address)
 
         async def subscribe(replica: str) -> None:
@@ -70,7 +72,8 @@ class Pool:
 
         self._watch = Watch(self.fleet, subscribe)
         receiver.listeners.append(self._watch)
-        self._introduction = asyncio.create_task(self._introduce(self._watch), name="fleet-introduction")
+        if not may_be_away:
+            self._introduction = asyncio.create_task(self._introduce(), name="fleet-introduction")
 
     async def close(self) -> None:
         if self._introduction is not None:
@@ -79,11 +82,11 @@ class Pool:
         if self._watch is not None:
             await self._watch.close()
 
-    async def _introduce(self, watch: Watch) -> None:
-        """The router lives in this process, but only calls reach it: one of them tells it who wants to know."""
+    async def _introduce(self) -> None:
+        """The router lives in this process, but only calls reach it: they tell it who wants to know of the replicas."""
         while True:
             try:
-                await self.call("info", watcher=watch)
+                await self.call("info")
                 return
             except Exception as error:
                 logger.info("no replica has answered yet: %r", error)
