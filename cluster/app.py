@@ -37,7 +37,7 @@ from octavo.cluster.routing.client import ServeEngineClient
 from octavo.cluster.routing.failover import FailoverClient
 from octavo.cluster.routing.fleet import Fleet
 from octavo.cluster.routing.policies import make_policy
-from octavo.cluster.serve_host import drain_flag, end_process, note_broken
+from octavo.cluster.serve_host import came_through_handle, drain_flag, end_process, note_broken
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
@@ -111,7 +111,7 @@ class IngressHost(RpcHost):
         await self._receiver.start(node_address())
         pools = zip(self._config.models, self._engines, strict=True)
         app = create_app([await self._service(model, engine) for model, engine in pools])
-        self.start_rpc(app.state.catalog)
+        self.start_rpc(app.state.catalog, came_through_handle, drain_flag())
         return app
 
     async def __del__(self) -> None:

@@ -36,6 +36,14 @@ def drain_flag() -> Callable[[], bool]:
     return lambda: bool(replica._shutting_down)
 
 
+def came_through_handle() -> bool:
+    """Whether the call at hand came by one of Serve's proxies, as a task for this actor, and not on a connection that
+    this process holds itself (direct ingress, as behind HAProxy). Serve does not say; the name of Ray's task does: what
+    listens here was started by the replica's first one.
+    """
+    return not (ray.get_runtime_context().get_task_name() or "").endswith(".initialize_and_get_metadata")
+
+
 def end_process(error: BaseException) -> None:
     """Record why, and end the process: Serve replaces a dead replica at its next look, a sick one after three."""
     replica = serve.get_replica_context().replica_id.unique_id

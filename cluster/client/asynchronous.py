@@ -32,7 +32,7 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
-        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
         self._metadata = authorization(api_key)
 

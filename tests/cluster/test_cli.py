@@ -82,6 +82,7 @@ def test_version_and_commands():
         (["fake", "--config", "/nowhere.yaml"], "cannot be read"),
         (["fake", "--request-timeout", "0"], "limits.request_timeout_s must be above 0"),
         (["fake", "--address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        (["fake", "--grpc-port", "8000"], "cannot share port 8000"),
         (["fake", "--address", "somewhere"], "write auto or host:port"),
         (["fake", "--max-num-seqs", "many"], "--max-num-seqs"),
     ],

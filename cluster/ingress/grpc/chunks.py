@@ -25,7 +25,7 @@ class Writer:
         self._request = request
         self._generation = generation
         self._names = names
-        self._head: dict[str, str] = {"id": answer_id, "model": model}
+        self._id, self._model = answer_id, model
         self._text = has_text(request)
         self._first = True
         self._unfinished = len(generation.choices)
@@ -34,7 +34,7 @@ class Writer:
         chunk = inference_pb2.GenerationChunk(outputs=(self._output(piece),))
         if self._first:
             self._first = False
-            chunk.id, chunk.model = self._head["id"], self._head["model"]
+            chunk.id, chunk.model = self._id, self._model
             self._add_prompt(chunk)
         if piece.finish_reason is not None:
             self._unfinished -= 1
@@ -45,7 +45,9 @@ class Writer:
     def whole(self, pieces: Sequence[Piece]) -> Any:
         """`pieces[i]` is all of sequence i."""
         outputs = [self._output(piece) for piece in pieces]
-        response = inference_pb2.GenerationResponse(**self._head, outputs=outputs, usage=self._usage())
+        response = inference_pb2.GenerationResponse(
+            id=self._id, model=self._model, outputs=outputs, usage=self._usage()
+        )
         self._add_prompt(response)
         return response
 

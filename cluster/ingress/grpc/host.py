@@ -5,24 +5,21 @@ Serve finds a call's method by the last part of its path alone, and passes its c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
-
-import ray
 
 if TYPE_CHECKING:
     from octavo.cluster.ingress.catalog import Catalog
 
 
 class RpcHost:
-    def start_rpc(self, catalog: Catalog) -> None:
-        """From now on calls are answered. To be called on the event loop they come on."""
+    def start_rpc(self, catalog: Catalog, through_handle: Callable[[], bool], draining: Callable[[], bool]) -> None:
+        """From now on calls are answered. To be called on the event loop they come on. See Calls and Health."""
         from octavo.cluster.ingress.grpc.health import Health
         from octavo.cluster.ingress.grpc.servicer import Servicer
-        from octavo.cluster.serve_host import drain_flag
 
-        self._servicer = Servicer(catalog, came_through_handle)
-        self._health = Health(catalog, drain_flag())
+        self._servicer = Servicer(catalog, through_handle)
+        self._health = Health(catalog, draining)
 
     async def Generate(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
         async for chunk in self._servicer.generate(request, grpc_context):
@@ -46,11 +43,3 @@ class RpcHost:
     async def Watch(self, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
         async for status in self._health.watch(request, grpc_context):
             yield status
-
-
-def came_through_handle() -> bool:
-    """Whether the call at hand came by one of Serve's proxies, as a task for this actor, and not on a connection that
-    this process holds itself (direct ingress, as behind HAProxy). Serve does not say; the name of Ray's task does: what
-    listens here was started by the replica's first one.
-    """
-    return not (ray.get_runtime_context().get_task_name() or "").endswith(".initialize_and_get_metadata")
