@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -50,7 +50,7 @@ class Client:
 
     def stream(
         self, prompt: Prompt, *, timeout_s: float | None = None, **params: Unpack[Params]
-    ) -> Iterator[values.Chunk]:
+    ) -> Generator[values.Chunk, None, None]:
         """The answer as it comes; closing the iterator, or dropping it, cancels the call. The deadline is the whole
         answer's. Raises OctavoError, at the first `next` at the earliest.
         """
