@@ -97,6 +97,7 @@ class EngineReplica:
         host: Host | None = None,
     ) -> None:
         self._host = host or Host()
+        self._replica_id = replica_id
         self._info = info
         self._aio = asyncio.get_running_loop()
         self._live: dict[str, _Live] = {}  # by the engine's id
@@ -146,7 +147,7 @@ class EngineReplica:
         return bytes(wire.info_to_proto(self._info).SerializeToString())
 
     def stats(self) -> bytes:
-        return bytes(wire.stats_to_proto(self._loop.stats()).SerializeToString())
+        return wire.encode_stats(self._replica_id, self._loop.stats())
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's controller is to know of the load: autoscaling_policy.METRICS."""

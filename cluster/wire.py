@@ -19,6 +19,7 @@ from octavo.engine.types import (
     EngineStats,
     FinishReason,
     GenerationDefaults,
+    PhaseTimes,
     RankStatus,
     Request,
     Resumed,
@@ -228,6 +229,8 @@ def delta_to_proto(delta: TokenDelta, stream_id: int) -> Any:
         unknown = tokens_pb2.TokenLogprobs()
         entries = (unknown if entry is None else logprobs_to_proto(entry) for entry in delta.prompt_logprobs)
         proto.prompt_logprobs.positions.extend(entries)
+    if delta.times is not None:
+        proto.times.queue_s, proto.times.prefill_s = delta.times.queue_s, delta.times.prefill_s
     return proto
 
 
@@ -243,6 +246,7 @@ def delta_from_proto(proto: Any, request_id: str) -> TokenDelta:
         num_cached_tokens=proto.num_cached_tokens,
         prompt_logprobs=_prompt_logprobs(proto.prompt_logprobs) if proto.HasField("prompt_logprobs") else None,
         error=proto.error if proto.HasField("error") else None,
+        times=PhaseTimes(proto.times.queue_s, proto.times.prefill_s) if proto.HasField("times") else None,
     )
 
 
@@ -281,6 +285,16 @@ def stats_to_proto(stats: EngineStats) -> Any:
 
 def stats_from_proto(proto: Any) -> EngineStats:
     return EngineStats(**{name: getattr(proto, name) for name in _STATS})
+
+
+def encode_stats(replica: str, stats: EngineStats) -> bytes:
+    """The answer to the control call `stats`."""
+    return bytes(tokens_pb2.ReplicaStats(replica=replica, stats=stats_to_proto(stats)).SerializeToString())
+
+
+def decode_stats(data: bytes) -> tuple[str, EngineStats]:
+    proto = tokens_pb2.ReplicaStats.FromString(data)
+    return proto.replica, stats_from_proto(proto.stats)
 
 
 def info_to_proto(info: EngineInfo) -> Any:

@@ -64,13 +64,25 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseTimes:
+    """How long an engine had a request before its first token: waiting for a place in a step, then computing. Seconds.
+
+    prefill_s: first chunk to first token; also what a preemption in between cost.
+    """
+
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenDelta:
     """Tokens out: what one step added to one sequence of a request.
 
     `index` is the sequence's number within the request (0 … n-1). `token_ids` may be empty (an abort). When
     `finish_reason` is set, no further delta with that (request_id, index) follows. `stop_reason` is the stop token id
     that ended it (None for the model's own end token, as in vLLM). `prompt_logprobs` (first delta of index 0 only) has
-    one entry per prompt token, the first None. `error` explains finish_reason "error".
+    one entry per prompt token, the first None. `error` explains finish_reason "error". `times` come with the request's
+    first token from this engine; deltas that say the same at other times are equal.
     """
 
     request_id: str
@@ -82,6 +94,7 @@ class TokenDelta:
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
+    times: PhaseTimes | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

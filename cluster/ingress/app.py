@@ -152,11 +152,11 @@ def _operator_paths(app: FastAPI, catalog: Catalog) -> None:
         return Response(exposition(await asyncio.gather(*map(_counted, known))), media_type=CONTENT_TYPE)
 
 
-async def _counted(service: Service) -> tuple[IngressMetrics, Sequence[EngineStats]]:
+async def _counted(service: Service) -> tuple[IngressMetrics, Mapping[str, EngineStats]]:
     try:
         engines = await service.stats()
     except ReplicaLost:
-        engines = []  # what the ingress has counted is worth showing in any case
+        engines = {}  # what the ingress has counted is worth showing in any case
     return await service.metrics(), engines
 
 

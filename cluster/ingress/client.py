@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from octavo.engine.errors import OctavoError, RequestError
 from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta
+
+
+LOCAL = "0"  # what an engine in this process is called where replicas have ids
 
 
 class ReplicaLost(OctavoError):
@@ -38,8 +41,8 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def stats(self) -> list[EngineStats]:
-        """A snapshot of each replica, in the order of their numbers."""
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """A snapshot of each replica, by its id."""
         ...
 
 
@@ -100,6 +103,7 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
         prompt_logprobs=first.prompt_logprobs,
         error=last.error,
+        times=first.times,
     )
 
 
@@ -119,8 +123,8 @@ class LocalEngineClient:
     async def info(self) -> EngineInfo:
         return self._info
 
-    async def stats(self) -> list[EngineStats]:
-        return [self._loop.stats()]
+    async def stats(self) -> Mapping[str, EngineStats]:
+        return {LOCAL: self._loop.stats()}
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         if request.request_id in self._mailboxes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
@@ -83,12 +83,12 @@ class Service:
             self._metrics = IngressMetrics(self.settings.served_model_names[0], info.max_model_len, self._registries)
         return self._metrics
 
-    async def stats(self) -> list[EngineStats]:
-        """A snapshot of each replica. Raises ReplicaLost if none answers in time, unless the model may be away."""
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """A snapshot of each replica, by its id. Raises ReplicaLost if none answers in time, unless the model may be away."""
         try:
             engines = await self._soon(self.client.stats())
         except ReplicaLost:
-            engines = []
+            engines = {}
             if not self.settings.may_be_away:
                 raise
         if not engines and not self.settings.may_be_away:
@@ -98,7 +98,7 @@ class Service:
     async def check_ready(self) -> None:
         """Raises ReplicaLost unless a replica that is there now has generated a token since it started."""
         engines = await self.stats()
-        if engines and not any(engine.generation_tokens for engine in engines):
+        if engines and not any(engine.generation_tokens for engine in engines.values()):
             raise ReplicaLost(f"No replica of {self.name} has generated a token yet.")
 
     def check(self, body: Body) -> None:

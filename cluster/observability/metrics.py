@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -104,14 +104,14 @@ class IngressMetrics:
     def ignored_fields(self, count: int) -> None:
         self._ignored.labels(self._model_name).inc(count)
 
-    def collect(self, engines: Sequence[EngineStats]) -> Iterator[Metric]:
-        """All metrics; `engines` is a snapshot of each replica."""
+    def collect(self, engines: Mapping[str, EngineStats]) -> Iterator[Metric]:
+        """All metrics; `engines` is a snapshot of each replica, by its id."""
         for metric in chain.from_iterable(registry.collect() for registry in self._registries):
             metric.samples = [
                 sample._replace(labels={**sample.labels, "ingress": INGRESS}) for sample in metric.samples
             ]
             yield metric
-        yield from _EngineCollector(self._model_name, engines).collect()
+        yield from engine_metrics(self._model_name, engines)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"octavo:{name}", text, ("model_name", *labels), registry=self.registry)
@@ -121,7 +121,7 @@ class IngressMetrics:
         return histogram.labels(self._model_name)
 
 
-def exposition(models: Iterable[tuple[IngressMetrics, Sequence[EngineStats]]]) -> bytes:
+def exposition(models: Iterable[tuple[IngressMetrics, Mapping[str, EngineStats]]]) -> bytes:
     """The metrics of all models in Prometheus' text format, each family once."""
     families: dict[str, Metric] = {}
     for metrics, engines in models:
@@ -141,55 +141,26 @@ class _Families(Collector):
         yield from self._families
 
 
-class _EngineCollector(Collector):
-    """The replicas' own numbers; `engine` is the replica's number."""
-
-    def __init__(self, model_name: str, engines: Sequence[EngineStats]) -> None:
-        self._model_name = model_name
-        self._engines = engines
-
-    def collect(self) -> Iterator[Metric]:
-        gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield self._family(
-            gauge, "num_requests_running", "Sequences being computed.", [s.num_running for s in self._engines]
-        )
-        yield self._family(gauge, "num_requests_waiting", "Sequences waiting.", [s.num_waiting for s in self._engines])
-        yield self._family(
-            gauge,
-            "num_tokens_waiting",
-            "Prompt tokens of waiting sequences.",
-            [s.waiting_tokens for s in self._engines],
-        )
-        yield self._family(
-            gauge, "kv_cache_usage_perc", "Part of the KV pool held, 0 to 1.", [s.kv_usage for s in self._engines]
-        )
-        yield self._family(gauge, "kv_blocks", "KV blocks of the pool.", [s.kv_blocks_total for s in self._engines])
-        yield self._family(
-            counter,
-            "prefix_cache_queries",
-            "Tokens looked up in the prefix cache.",
-            [s.prefix_queries for s in self._engines],
-        )
-        yield self._family(
-            counter, "prefix_cache_hits", "Tokens found in the prefix cache.", [s.prefix_hits for s in self._engines]
-        )
-        yield self._family(counter, "num_preemptions", "Preemptions.", [s.preemptions for s in self._engines])
-        yield self._family(
-            counter, "prompt_tokens", "Prompt tokens processed.", [s.prompt_tokens for s in self._engines]
-        )
-        yield self._family(
-            counter, "generation_tokens", "Tokens generated.", [s.generation_tokens for s in self._engines]
-        )
-        yield self._family(counter, "engine_steps", "Steps of the engine.", [s.steps for s in self._engines])
-
-    def _family(
-        self,
-        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
-        name: str,
-        text: str,
-        values: Sequence[float],
-    ) -> Metric:
+def engine_metrics(model_name: str, engines: Mapping[str, EngineStats]) -> Iterator[Metric]:
+    """The replicas' own numbers; the label `engine` is the replica's id."""
+    for kind, name, text, value in _ENGINE:
         family = kind(f"octavo:{name}", text, labels=("model_name", "engine"))
-        for engine, value in enumerate(values):
-            family.add_metric((self._model_name, str(engine)), value)
-        return family
+        for replica, stats in engines.items():
+            family.add_metric((model_name, replica), getattr(stats, value))
+        yield family
+
+
+# (kind, name, description, attribute of EngineStats)
+_ENGINE: tuple[tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, str, str], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Sequences being computed.", "num_running"),
+    (GaugeMetricFamily, "num_requests_waiting", "Sequences waiting.", "num_waiting"),
+    (GaugeMetricFamily, "num_tokens_waiting", "Prompt tokens of waiting sequences.", "waiting_tokens"),
+    (GaugeMetricFamily, "kv_cache_usage_perc", "Part of the KV pool held, 0 to 1.", "kv_usage"),
+    (GaugeMetricFamily, "kv_blocks", "KV blocks of the pool.", "kv_blocks_total"),
+    (CounterMetricFamily, "prefix_cache_queries", "Tokens looked up in the prefix cache.", "prefix_queries"),
+    (CounterMetricFamily, "prefix_cache_hits", "Tokens found in the prefix cache.", "prefix_hits"),
+    (CounterMetricFamily, "num_preemptions", "Preemptions.", "preemptions"),
+    (CounterMetricFamily, "prompt_tokens", "Prompt tokens processed.", "prompt_tokens"),
+    (CounterMetricFamily, "generation_tokens", "Tokens generated.", "generation_tokens"),
+    (CounterMetricFamily, "engine_steps", "Steps of the engine.", "steps"),
+)

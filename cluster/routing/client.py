@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -90,7 +90,7 @@ class ServeEngineClient:
         with suppress(OctavoError):  # the old one is as good as any
             await self._ask_info()
 
-    async def stats(self) -> list[EngineStats]:
+    async def stats(self) -> Mapping[str, EngineStats]:
         """Asks every replica; those that do not answer are left out."""
         try:
             # results_async would wait for all, and a replica that hangs is one of them.
@@ -99,7 +99,7 @@ class ServeEngineClient:
             raise _translated(error) from error
         answers = (asyncio.wait_for(result.get_async(), STATS_S) for result in asked)
         found = await asyncio.gather(*answers, return_exceptions=True)
-        return [wire.stats_from_proto(tokens_pb2.EngineStats.FromString(x)) for x in found if isinstance(x, bytes)]
+        return dict(wire.decode_stats(answer) for answer in found if isinstance(answer, bytes))
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         """See EngineClient. A ReplicaLost says that the request can be submitted again, prompt and tokens so far."""

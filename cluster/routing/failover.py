@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -37,7 +37,7 @@ class Attempts(Protocol):
 
     async def info(self) -> EngineInfo: ...
 
-    async def stats(self) -> list[EngineStats]: ...
+    async def stats(self) -> Mapping[str, EngineStats]: ...
 
     def attempt(
         self,
@@ -71,7 +71,7 @@ class FailoverClient:
     async def info(self) -> EngineInfo:
         return await self._client.info()
 
-    async def stats(self) -> list[EngineStats]:
+    async def stats(self) -> Mapping[str, EngineStats]:
         return await self._client.stats()
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:

@@ -12,7 +12,7 @@ from typing import Protocol
 from octavo.engine.core.plan import StepPlan, StepResult
 from octavo.engine.core.scheduler import Scheduler
 from octavo.engine.errors import StepError
-from octavo.engine.types import EngineStats, RankStatus, Request, TokenDelta
+from octavo.engine.types import EngineStats, PhaseTimes, RankStatus, Request, TokenDelta
 
 
 class Process(Protocol):
@@ -48,7 +48,9 @@ class EngineCore:
         self._lag = lag
         self._in_flight = 0
         self._last_step_at = clock()
-        self._queued_at: dict[str, float] = {}  # of requests without a token
+        # Of requests without a token: when they were queued, and when the first row of those admitted was planned.
+        self._queued_at: dict[str, float] = {}
+        self._started_at: dict[str, float] = {}
         self._first_tokens, self._first_token_s = 0, 0.0
 
     def add(self, request: Request) -> list[TokenDelta]:
@@ -61,6 +63,7 @@ class EngineCore:
     def abort(self, request_id: str) -> list[TokenDelta]:
         """End a request now: its blocks are free before the next step is planned."""
         self._queued_at.pop(request_id, None)
+        self._started_at.pop(request_id, None)
         return self.scheduler.abort(request_id)
 
     @property
@@ -71,6 +74,8 @@ class EngineCore:
         """One turn of the loop. Returns what became known; often that of the step before the one just launched."""
         plan = self.scheduler.schedule()
         if plan is not None:
+            if self.scheduler.admitted:
+                self._started_at.update(dict.fromkeys(self.scheduler.admitted, self.clock()))
             self.process.launch(plan)
             self._in_flight += 1
         if self._in_flight == 0 or (plan is not None and self._in_flight <= self._lag):
@@ -82,7 +87,7 @@ class EngineCore:
             deltas = self.scheduler.fail(str(error))
         self._last_step_at = self.clock()
         if self._queued_at:
-            self._note_first_tokens(deltas)
+            deltas = [self._timed(delta) if delta.request_id in self._queued_at else delta for delta in deltas]
         return deltas
 
     def check(self) -> None:
@@ -100,12 +105,15 @@ class EngineCore:
     def ranks(self) -> tuple[RankStatus, ...]:
         return self.process.ranks()
 
-    def _note_first_tokens(self, deltas: list[TokenDelta]) -> None:
-        for delta in deltas:
-            queued_at = self._queued_at.pop(delta.request_id, None)
-            if queued_at is not None and delta.token_ids:
-                self._first_tokens += 1
-                self._first_token_s += self._last_step_at - queued_at
+    def _timed(self, delta: TokenDelta) -> TokenDelta:
+        """`delta`, its request's first, with what it says of the time until then, if it has a token."""
+        queued_at, now = self._queued_at.pop(delta.request_id), self._last_step_at
+        started_at = self._started_at.pop(delta.request_id, now)
+        if not delta.token_ids:
+            return delta
+        self._first_tokens += 1
+        self._first_token_s += now - queued_at
+        return replace(delta, times=PhaseTimes(started_at - queued_at, now - started_at))
 
     def close(self) -> None:
         self.process.close()

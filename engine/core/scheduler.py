@@ -68,6 +68,7 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.running: list[Sequence] = []  # in the policy's order
+        self.admitted: list[str] = []  # requests of which the newest plan has the first row
         self._waiting = WaitingQueue()
         self._requests: dict[str, list[Sequence]] = {}
         self._launched: deque[_Draft] = deque()
@@ -187,6 +188,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if nothing can be computed before a result comes in (or at all)."""
         self._step += 1
+        self.admitted.clear()
         draft = _Draft(self._step)
         tokens = Budget(self.limits.max_num_batched_tokens)
         if not self._continue_running(draft, tokens):
@@ -286,6 +288,7 @@ class Scheduler:
             sequence.admitted = True
             sequence.num_cached = min(num_kv, sequence.num_prompt)
             if sequence.leader is None:
+                self.admitted.append(sequence.request.request_id)
                 self._counters["prefix_queries"] += known
                 self._counters["prefix_hits"] += num_kv
                 self._counters["prompt_tokens"] += sequence.num_prompt

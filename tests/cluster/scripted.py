@@ -46,8 +46,8 @@ class ScriptedClient:
     async def info(self) -> EngineInfo:
         return self.info_value
 
-    async def stats(self) -> list[EngineStats]:
-        return self.stats_value
+    async def stats(self) -> dict[str, EngineStats]:
+        return {f"replica-{number}": stats for number, stats in enumerate(self.stats_value)}
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         self.seen.append(request)

@@ -48,7 +48,7 @@ class Replicas:
         return INFO
 
     async def stats(self):
-        return [EngineStats()]
+        return {"replica": EngineStats()}
 
     async def attempt(self, request: Request, accepted: Callable[[str], None], within_s=None, avoid=()):
         number = len(self.seen)

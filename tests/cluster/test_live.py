@@ -60,7 +60,7 @@ async def stats_become(client, **wanted):
     """Wait until the engine's stats are so."""
     deadline = time.monotonic() + 5
     while True:
-        (stats,) = await client.stats()
+        (stats,) = (await client.stats()).values()
         if all(getattr(stats, name) == value for name, value in wanted.items()):
             return
         assert time.monotonic() < deadline, stats

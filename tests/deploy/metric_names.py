@@ -34,7 +34,7 @@ def octavo_series() -> Series:
             for name in names:
                 bucket = {"le"} if name.endswith("_bucket") else set()
                 found[name] = {"ingress", "model_name", *collector._labelnames} | bucket
-    text = exposition([(metrics, [EngineStats()])]).decode()
+    text = exposition([(metrics, {"replica": EngineStats()})]).decode()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)

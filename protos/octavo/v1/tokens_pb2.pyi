@@ -54,7 +54,7 @@ class StreamEnd(_message.Message):
     def __init__(self) -> None: ...
 
 class TokenDelta(_message.Message):
-    __slots__ = ("stream_id", "index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stop_string", "num_cached_tokens", "prompt_logprobs", "error")
+    __slots__ = ("stream_id", "index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stop_string", "num_cached_tokens", "prompt_logprobs", "error", "times")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class TokenDelta(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     stream_id: int
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -75,7 +76,16 @@ class TokenDelta(_message.Message):
     num_cached_tokens: int
     prompt_logprobs: PromptLogprobs
     error: str
-    def __init__(self, stream_id: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+    times: PhaseTimes
+    def __init__(self, stream_id: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error: _Optional[str] = ..., times: _Optional[_Union[PhaseTimes, _Mapping]] = ...) -> None: ...
+
+class PhaseTimes(_message.Message):
+    __slots__ = ("queue_s", "prefill_s")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    prefill_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("token_ids", "logprobs", "rank")
@@ -128,6 +138,14 @@ class EngineStats(_message.Message):
     first_tokens: int
     first_token_s: float
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ..., prefill_tokens: _Optional[int] = ..., first_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ...) -> None: ...
+
+class ReplicaStats(_message.Message):
+    __slots__ = ("replica", "stats")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    stats: EngineStats
+    def __init__(self, replica: _Optional[str] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("info", "stats", "ranks", "clock")

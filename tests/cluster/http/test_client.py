@@ -53,7 +53,7 @@ async def tokens_of(client, request):
 
 async def idle(client):
     for _ in range(400):
-        (stats,) = await client.stats()
+        (stats,) = (await client.stats()).values()
         if stats.num_running == stats.num_waiting == stats.kv_blocks_held == 0:
             return stats
         await asyncio.sleep(0.005)

@@ -65,15 +65,15 @@ async def test_counts(harness):
     assert metrics[("request_prompt_tokens_sum",)] == 2 * 22
     assert metrics[("request_generation_tokens_sum",)] == 5 + 4
     assert (metrics[("request_params_n_sum",)], metrics[("request_params_max_tokens_sum",)]) == (3, 52)
-    assert metrics["num_requests_running", "0"] == 2
-    assert metrics["num_requests_running", "1"] == 5
-    assert metrics["num_requests_waiting", "0"] == 3
-    assert metrics["kv_cache_usage_perc", "0"] == 0.25
-    assert metrics["prefix_cache_queries_total", "0"] == 70
-    assert metrics["prefix_cache_hits_total", "0"] == 32
-    assert metrics["num_preemptions_total", "0"] == 1
-    assert metrics["prompt_tokens_total", "0"] == 70
-    assert metrics["generation_tokens_total", "0"] == 9
+    assert metrics["num_requests_running", "replica-0"] == 2
+    assert metrics["num_requests_running", "replica-1"] == 5
+    assert metrics["num_requests_waiting", "replica-0"] == 3
+    assert metrics["kv_cache_usage_perc", "replica-0"] == 0.25
+    assert metrics["prefix_cache_queries_total", "replica-0"] == 70
+    assert metrics["prefix_cache_hits_total", "replica-0"] == 32
+    assert metrics["num_preemptions_total", "replica-0"] == 1
+    assert metrics["prompt_tokens_total", "replica-0"] == 70
+    assert metrics["generation_tokens_total", "replica-0"] == 9
 
 
 async def test_two_applications_do_not_share_counts(harness):
@@ -89,7 +89,7 @@ def test_tokens_that_come_together_share_their_gap():
     metrics.started(5, SamplingParams(max_tokens=None))
     metrics.next_tokens(0.4, 4)
     metrics.finished(Finished("stop", 5, 1.0, 0.4))
-    found = parse(exposition([(metrics, [])]).decode())
+    found = parse(exposition([(metrics, {})]).decode())
     assert found[("inter_token_latency_seconds_count",)] == 4
     assert found[("inter_token_latency_seconds_sum",)] == pytest.approx(0.4)
     assert found["inter_token_latency_seconds_bucket", "0.1"] == 4

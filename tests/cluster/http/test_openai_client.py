@@ -86,7 +86,7 @@ async def test_sixteen_mixed_requests_with_cancellations(harness):
             answers = await asyncio.gather(*(ways[number % len(ways)](number) for number in range(16)))
             assert answers == [(choice.message.content, choice.finish_reason) for choice in alone]
         for _ in range(400):
-            (stats,) = await engine.stats()
+            (stats,) = (await engine.stats()).values()
             if stats.kv_blocks_held == 0:
                 break
             await asyncio.sleep(0.005)
