@@ -19,6 +19,7 @@ import random
 import signal
 import statistics
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ STALL_S = 0.5  # a gap between tokens longer than this, begun before a fault's r
 class Fault:
     kind: str
     at: float  # time.monotonic()
+    pid: int | None = None  # of the victim
     well_after_s: float | None = None
     stalls_s: list[float] = field(default_factory=list)
 
@@ -54,9 +56,9 @@ def make_model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=6,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -97,20 +99,24 @@ def main() -> int:
         cluster = Broken(deployment, num_nodes=args.replicas + 1, cpus_per_node=args.tp * args.pp)
         try:
             cluster.start()
-            return asyncio.run(run(cluster, args))
+            return run(cluster, args)
         finally:
             cluster.stop()
 
 
-async def run(cluster: Broken, args: argparse.Namespace) -> int:
+def run(cluster: Broken, args: argparse.Namespace) -> int:
     clients = Clients(cluster.url, "tiny", questions(args.questions, VOCAB, LONGEST // 2, args.seed))
-    await clients.learn()
+    asyncio.run(clients.learn())
     clients.log.clear()
     console.print(f"learned {args.questions} answers; breaking things for {args.minutes:g} minutes")
-    load = asyncio.create_task(clients.run(args.concurrency, args.seed))
-    faults = await asyncio.to_thread(break_things, cluster, args)
-    clients.stop()
-    await load
+    # The clients have a thread of their own: Ray starts nodes on the main one only.
+    load = threading.Thread(target=lambda: asyncio.run(clients.run(args.concurrency, args.seed)))
+    load.start()
+    try:
+        faults = break_things(cluster, args)
+    finally:
+        clients.stop()
+        load.join()
     attribute_stalls(faults, clients.log)
     return report(faults, clients.log)
 
@@ -128,10 +134,8 @@ def break_things(cluster: Broken, args: argparse.Namespace) -> list[Fault]:
         fault = strike(cluster, kinds.pop(), draw)
         if fault is None:
             continue
-        time.sleep(1.0)  # Serve does not know it yet
-        fault.well_after_s = wait_until_well(cluster, RECOVERY_S)
-        if fault.well_after_s is not None:
-            fault.well_after_s += 1.0
+        if wait_until_well(cluster, RECOVERY_S, gone=fault.pid):
+            fault.well_after_s = time.monotonic() - fault.at
         said = "not well again" if fault.well_after_s is None else f"well after {fault.well_after_s:.1f} s"
         console.print(f"  {fault.kind}: {said}")
         faults.append(fault)
@@ -152,7 +156,7 @@ def strike(cluster: Broken, kind: str, draw: random.Random) -> Fault | None:
     if not victims:
         return None
     victim = draw.choice(victims)
-    fault = Fault(kind, time.monotonic())
+    fault = Fault(kind, time.monotonic(), victim.pid)
     cluster.signal(victim, signal.SIGKILL if action == "kill" else signal.SIGSTOP)
     return fault
 

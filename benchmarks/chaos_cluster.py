@@ -99,14 +99,23 @@ class Broken:
         return self.cluster.add_node(num_cpus=self._cpus, object_store_memory=80 << 20)
 
 
-def wait_until_well(cluster: Broken, timeout_s: float) -> float | None:
-    """Seconds until it was; None if it was not in time."""
-    begun = time.monotonic()
-    while time.monotonic() - begun < timeout_s:
-        if cluster.well():
-            return time.monotonic() - begun
+def wait_until_well(cluster: Broken, timeout_s: float, gone: int | None = None) -> bool:
+    """Wait until all is well, and the process `gone` is that: before, nobody may have noticed. False: not in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
         time.sleep(0.2)
-    return None
+        if (gone is None or not _runs(gone)) and cluster.well():
+            time.sleep(0.5)  # the controller looks at its replicas once a second
+            if cluster.well():
+                return True
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _classified(pid: int) -> Process | None:
