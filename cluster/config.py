@@ -152,6 +152,8 @@ class ModelConfig:
     engine: one replica. served_model_name: names that requests may use; empty = the model's own.
     pattern: the topology; `replicated` = equal replicas, each of which computes whole requests.
     num_replicas: how many, unless autoscaling says.
+    placement: of a replica's ranks on nodes, as Ray's placement groups know it; auto = on one node, but the stages of a
+        pipeline may lie on several.
     num_cpus: CPUs that Ray reserves for each rank of a replica; on a cluster started elsewhere also the threads a rank
         computes with.
     drain_timeout_s: how long a replica that is to stop may go on with the requests it has; then others take them over.
@@ -166,6 +168,7 @@ class ModelConfig:
     served_model_name: tuple[str, ...] = ()
     pattern: Literal["replicated"] = "replicated"
     num_replicas: int = 1
+    placement: Literal["auto", "pack", "strict_pack", "spread", "strict_spread"] = "auto"
     num_cpus: float = 1.0
     drain_timeout_s: float = 60.0
     max_surge_percent: int = 25
@@ -199,6 +202,13 @@ class ModelConfig:
     def may_be_away(self) -> bool:
         """Whether there is no replica at times, because nobody asks for the model."""
         return self.autoscaling is not None and self.autoscaling.min_replicas == 0
+
+    @property
+    def placement_strategy(self) -> str:
+        """Ray's name of it. Tensor-parallel ranks exchange something in every layer: not over a network unasked."""
+        if self.placement == "auto":
+            return "STRICT_PACK" if self.engine.pipeline_parallel_size == 1 else "PACK"
+        return self.placement.upper()
 
     @property
     def max_replicas(self) -> int:

@@ -131,6 +131,7 @@ FLAGS: tuple[Flag, ...] = (
         "",
         "Replicas",
         num_replicas="Engines side by side.",
+        placement="Where a replica's ranks go: auto (one node, unless there are stages) or Ray's strategies.",
         num_cpus="CPUs that Ray reserves for a rank of a replica.",
         pattern="Topology of the deployment: replicated.",
         drain_timeout_s="Seconds that requests in progress may take when the server stops.",
