@@ -101,7 +101,9 @@ def gaps(port: int, model: str, num_streams: int, max_tokens: int) -> Added:
     streams = checked(run_streams(port, [body(max_tokens)] * num_streams))
     over_http = [gap for stream in streams for gap in stream.gaps_s[1:]]
     in_process = [
-        after - before for times in engine_times(model, num_streams, max_tokens) for before, after in pairwise(times[1:])
+        after - before
+        for times in engine_times(model, num_streams, max_tokens)
+        for before, after in pairwise(times[1:])
     ]
     return _added("ITL", num_streams, over_http, in_process)
 
@@ -177,9 +179,7 @@ def main() -> None:
             run_streams(server.port, [body(50)] * 8)  # everything has been used once
             if kind == "speed":
                 for count in args.streams:
-                    rounds = [
-                        throughput(server.port, server.pid, count, args.max_tokens) for _ in range(args.rounds)
-                    ]
+                    rounds = [throughput(server.port, server.pid, count, args.max_tokens) for _ in range(args.rounds)]
                     runs.append(max(rounds, key=lambda run: run.tokens_s))
             elif kind == "ttft":
                 added.append(first_tokens(server.port, model, 100))

@@ -169,14 +169,16 @@ def engine_pool(model: ModelConfig, log_level: str) -> Application:
         placement: dict[str, Any] = {
             "ray_actor_options": {"num_cpus": 0},
             "placement_group_bundles": [dict(bundle) for _ in range(model.engine.num_ranks)],
-            "placement_group_strategy": "PACK",
+            "placement_group_strategy": model.placement_strategy,
         }
     else:
         placement = {"ray_actor_options": {"num_cpus": per_rank["CPU"], "num_gpus": per_rank["GPU"]}}
+    replicas: dict[str, Any] = {"num_replicas": model.num_replicas}
+    if model.autoscaling is not None:
+        replicas = {"autoscaling_config": serve_config(model, model.autoscaling, log_level)}
     pool = serve.deployment(
         name=engine_name(model),
-        num_replicas=model.num_replicas if model.autoscaling is None else None,
-        autoscaling_config=serve_config(model, log_level),
+        **replicas,
         max_surge_percent=model.max_surge_percent,
         **placement,
         max_ongoing_requests=MAX_ONGOING,

@@ -27,6 +27,8 @@ SPARE = 0.65
 # … and with this part of a load that has been too much.
 SAFE = 0.7
 MOST_REMEMBERED = 8
+# One who has plenty of room under this many times such a load shows that it was something else that was too much.
+BEYOND = 1.25
 # A first token that gets this much sooner, or less, by more replicas does not depend on them.
 FUTILE = 0.9
 
@@ -99,27 +101,26 @@ def load_of(series: Sequence[Sequence[Sample]], waiting: float = 0.0) -> Load:
     first_tokens = first_token_s = queued_rates = 0.0
     for samples in filter(None, series):
         first, last = samples[0], samples[-1]
-        seconds = last.at - first.at
+        seconds, count = last.at - first.at, len(samples)
         per_second = 1.0 / seconds if seconds > 0 else 0.0
-        queued = _mean([s.queued_tokens for s in samples])
+        queued = sum([s.queued_tokens for s in samples]) / count
         prompt_rate = (last.prompt_tokens - first.prompt_tokens) * per_second
         queued_rates += queued * prompt_rate
-        load = replace(
-            load,
+        first_tokens += last.first_tokens - first.first_tokens
+        first_token_s += last.first_token_s - first.first_token_s
+        load = Load(
             replicas=load.replicas + 1,
-            requests=load.requests + _mean([s.requests for s in samples]),
+            waiting=waiting,
+            requests=load.requests + sum([s.requests for s in samples]) / count,
             queued_tokens=load.queued_tokens + queued,
             growth=load.growth + _growth(samples),
-            kv_held=load.kv_held + _mean([s.kv_held for s in samples]),
-            kv_wanted=load.kv_wanted + _mean([s.kv_wanted for s in samples]),
+            kv_held=load.kv_held + sum([s.kv_held for s in samples]) / count,
+            kv_wanted=load.kv_wanted + sum([s.kv_wanted for s in samples]) / count,
             prompt_rate=load.prompt_rate + prompt_rate,
             generation_rate=load.generation_rate + (last.generation_tokens - first.generation_tokens) * per_second,
         )
-        first_tokens += last.first_tokens - first.first_tokens
-        first_token_s += last.first_token_s - first.first_token_s
-    if load.queued_tokens > 0:
-        load = replace(load, full_rate=queued_rates / load.queued_tokens)
-    return replace(load, ttft_s=first_token_s / first_tokens) if first_tokens > 0 else load
+    full_rate = queued_rates / load.queued_tokens if load.queued_tokens > 0 else 0.0
+    return replace(load, full_rate=full_rate, ttft_s=first_token_s / first_tokens if first_tokens > 0 else None)
 
 
 def sample_of(stats: EngineStats, block_size: int, at: float = 0.0) -> Sample:
@@ -271,13 +272,13 @@ class _TooMuch:
         self._loads = [*kept, new][-MOST_REMEMBERED:]
 
     def unlearn(self, load: Load, settings: Autoscaling) -> None:
-        """Replicas that have plenty of room under such a load were not overcome by it then: by something else."""
+        """Forget what replicas bear easily now: then it was something else that was too much."""
         if load.queued_tokens > SPARE * settings.target_queued_tokens * load.replicas:
             return
         if settings.target_ttft_s is not None and (load.ttft_s or 0.0) > SPARE * settings.target_ttft_s:
             return
         prompt, generation = load.prompt_rate / load.replicas, load.generation_rate / load.replicas
-        self._loads = [old for old in self._loads if not (prompt > old[0] and generation > old[1])]
+        self._loads = [old for old in self._loads if not (prompt > BEYOND * old[0] and generation > BEYOND * old[1])]
 
     def covers(self, load: Load, replicas: int) -> bool:
         """Whether so many replicas might have as much to do as has been too much."""

@@ -60,11 +60,8 @@ class Policy:
         return decision.replicas, {}
 
 
-def serve_config(model: ModelConfig, log_level: str) -> AutoscalingConfig | None:
-    """Serve's settings for a model that is autoscaled; None for one that is not."""
-    settings = model.autoscaling
-    if settings is None:
-        return None
+def serve_config(model: ModelConfig, settings: Autoscaling, log_level: str) -> AutoscalingConfig:
+    """Serve's settings for `model`, which is autoscaled by `settings`."""
     policy = AutoscalingPolicy(
         policy_function="octavo.cluster.autoscaling_policy:Policy",
         policy_kwargs={"model": model.name, "log_level": log_level, **asdict(settings)},

@@ -6,12 +6,16 @@ its batch allows, until the batch costs as much time as there is. Replicas take 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.cluster.autoscaling import Autoscaler, Sample, load_of
+from octavo.cluster.autoscaling import Autoscaler, Load, Sample, load_of
 from octavo.cluster.config import Autoscaling
+
+REPORTS_PER_PERIOD = 5
+LAST = 1e-3  # of a request: less is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class _Replica:
         finished = min(self.running, seconds * min(self.running / machine.alone_s, machine.capacity_s))
         self.running -= finished
         self.done += finished
+        if self.running + self.waiting < LAST:  # of a fluid there is always some left
+            self.running = self.waiting = 0.0
         per_request = machine.prompt_tokens + machine.generation_tokens / 2
         room = max(0.0, min(machine.slots, machine.pool_tokens / per_request) - self.running)
         admitted = min(self.waiting, room)
@@ -67,12 +73,17 @@ class _Replica:
         self.wait_s = self.waiting / machine.capacity_s
         self.first_token_s += admitted * self.wait_s
 
+    def report(self, now: float, period_s: float) -> None:
+        self.samples.append(self.sample(now))
+        while self.samples[0].at < now - period_s:
+            self.samples.popleft()
+
     def sample(self, now: float) -> Sample:
         machine = self.machine
         queued = self.waiting * machine.prompt_tokens
         return Sample(
             at=now,
-            requests=self.waiting + self.running if self.waiting + self.running > 1e-3 else 0.0,
+            requests=self.waiting + self.running,
             queued_tokens=queued,
             kv_held=self.running * (machine.prompt_tokens + machine.generation_tokens / 2) / machine.pool_tokens,
             kv_wanted=queued / machine.pool_tokens,
@@ -90,31 +101,40 @@ def simulate(
     machine: Machine | None = None,
     step_s: float = 1.0,
 ) -> list[Moment]:
-    """`rate(t)`: requests/s that arrive. Replicas that go finish what they have, elsewhere: it is dealt to the rest."""
+    """`rate(t)`: requests/s that arrive, dealt to whom has the shortest queue; what a replica that goes had, too.
+
+    The autoscaler is asked at every step, and told of the load a few times in its look-back period.
+    """
     machine = machine or Machine()
     scaler = Autoscaler(settings)
     start = settings.initial_replicas if settings.initial_replicas is not None else max(1, settings.min_replicas)
     replicas = [_Replica(machine, 0.0) for _ in range(start)]
-    history, target, homeless = [], start, 0.0
+    history, target, homeless, reported, load = [], start, 0.0, -math.inf, Load()
     for number in range(int(duration_s / step_s)):
         now = number * step_s
         ready = [replica for replica in replicas if replica.ready_at <= now]
         arriving = rate(now)
         homeless += arriving * step_s
+        shortest = min((replica.waiting for replica in ready), default=0.0)
+        takers = [replica for replica in ready if replica.waiting <= shortest + 1.0]
         for replica in ready:
-            replica.advance(homeless / len(ready), step_s)
-            replica.samples.append(replica.sample(now))
-            while replica.samples[0].at < now - settings.look_back_period_s:
-                replica.samples.popleft()
+            replica.advance(homeless / len(takers) if replica in takers else 0.0, step_s)
         homeless = 0.0 if ready else homeless
-        decision = scaler.decide(load_of([list(r.samples) for r in ready], homeless), target, now)
+        if now >= reported + settings.look_back_period_s / REPORTS_PER_PERIOD:
+            reported = now
+            for replica in ready:
+                replica.report(now, settings.look_back_period_s)
+            load = load_of([list(r.samples) for r in ready])
+        if not ready:
+            load = Load(waiting=homeless)
+        decision = scaler.decide(load, target, now)
         target = min(max(decision.replicas, settings.min_replicas), settings.max_replicas)
         while len(replicas) < target:
             replicas.append(_Replica(machine, now + machine.start_s))
         while len(replicas) > target:
             gone = replicas.pop()
             homeless += gone.waiting + gone.running
-        wait_s = sum(replica.wait_s for replica in ready) / len(ready) if ready else machine.start_s
+        wait_s = min((replica.wait_s for replica in ready), default=machine.start_s)
         needed = arriving / machine.capacity_s
         history.append(Moment(now, len(ready), target, needed, wait_s, decision.reason))
     return history
