@@ -31,6 +31,7 @@ from octavo.cluster.ingress.grpc.host import RpcHost
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
 from octavo.cluster.observability.routing import RoutingMetrics
+from octavo.cluster.observability.traces import make_tracer, require_exporter
 from octavo.cluster.replica import EngineReplica, Host, OnDeltas
 from octavo.cluster.rollout import engine_version, ingress_version
 from octavo.cluster.routing.client import ServeEngineClient
@@ -104,6 +105,7 @@ class IngressHost(RpcHost):
         self._config = config
         self._engines = engines
         self._receiver = TokenReceiver(note_broken)
+        self._tracer = make_tracer(config.otlp_traces_endpoint)
 
     async def __serve_build_asgi_app__(self) -> Any:
         from octavo.cluster.ingress.app import create_app
@@ -117,6 +119,8 @@ class IngressHost(RpcHost):
     async def __del__(self) -> None:
         if hasattr(self, "_receiver"):
             await self._receiver.stop()
+        if hasattr(self, "_tracer"):
+            await asyncio.to_thread(self._tracer.close)
 
     async def _service(self, model: ModelConfig, engine: DeploymentHandle[Any]) -> Service:
         from octavo.cluster.ingress.service import Service
@@ -134,12 +138,13 @@ class IngressHost(RpcHost):
             metrics.resumed,
             lambda: is_stopping() and not fleet.replicas,  # all of it stops: nobody will come
         )
-        return Service(settings, lasting, tokenizer, (metrics.registry,), fleet.expected_wait_s)
+        return Service(settings, lasting, tokenizer, (metrics.registry,), fleet.expected_wait_s, self._tracer)
 
 
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:
     """The application of `args`, a DeploymentConfig or its mapping. Raises ConfigError."""
     config = args if isinstance(args, DeploymentConfig) else DeploymentConfig.from_mapping(args)
+    require_exporter(config.otlp_traces_endpoint)
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=config.num_ingresses,

@@ -235,6 +235,7 @@ class DeploymentConfig:
     """Models and their common front. Names of models are unique.
 
     api_key: keys of which clients must send one; empty = open to all.
+    otlp_traces_endpoint: URL of an OTLP/HTTP receiver, for OpenTelemetry traces of requests; None = no traces.
     num_ingresses: processes that speak HTTP and gRPC. ingress_drain_timeout_s: how long one that is to stop may go on
         with the streams it has; a connection cannot be handed over.
     """
@@ -247,10 +248,14 @@ class DeploymentConfig:
     trust_request_chat_template: bool = False
     allowed_origins: tuple[str, ...] = ("*",)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not all(self.api_key):
             raise ConfigError("An API key must not be empty.")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not re.match(r"https?://[^/]", endpoint):
+            raise ConfigError(f"otlp_traces_endpoint must be the URL of an OTLP/HTTP receiver, got {endpoint!r}.")
         _above_zero("num_ingresses", self.num_ingresses)
         _above_zero("ingress_drain_timeout_s", self.ingress_drain_timeout_s)
         if not self.models:

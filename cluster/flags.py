@@ -116,6 +116,7 @@ FLAGS: tuple[Flag, ...] = (
         num_ingresses="Processes that speak HTTP and gRPC.",
         ingress_drain_timeout_s="Seconds that an ingress which is replaced may go on with its streams.",
         log_level="debug, info, warning or error.",
+        otlp_traces_endpoint="OTLP/HTTP receiver to send traces of requests to, for example http://127.0.0.1:4318.",
     ),
     *_panel(
         "limits",

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Protocol
 
+from octavo.cluster.observability.traces import NO_JOURNEY, Journey
 from octavo.engine.errors import OctavoError, RequestError
 from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta
-
 
 LOCAL = "0"  # what an engine in this process is called where replicas have ids
 
@@ -33,8 +33,9 @@ class EngineClient(Protocol):
         """What the engines are. All replicas are equal. Raises ReplicaLost if none is there."""
         ...
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
-        """The deltas of a request; ends after each of its n sequences has had its finish reason.
+    def generate(self, request: Request, journey: Journey = NO_JOURNEY) -> AsyncGenerator[TokenDelta, None]:
+        """The deltas of a request; ends after each of its n sequences has had its finish reason. `journey` is told how
+        it gets on.
 
         Closing the iterator (`aclose`, or cancelling the task that waits on it) aborts what is unfinished. Raises
         RequestError, CapacityError or ReplicaLost, the first two before the first delta only.
@@ -126,17 +127,21 @@ class LocalEngineClient:
     async def stats(self) -> Mapping[str, EngineStats]:
         return {LOCAL: self._loop.stats()}
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: Request, journey: Journey = NO_JOURNEY) -> AsyncGenerator[TokenDelta, None]:
         if request.request_id in self._mailboxes:
             raise RequestError(f"A request with the id {request.request_id!r} is running already.", "request_id")
         self._aio = asyncio.get_running_loop()
         mailbox = self._mailboxes[request.request_id] = Mailbox()
         submitted, unfinished = False, len(request.sequences)
+        journey.submitted()
         try:
             self._loop.submit(request)
             submitted = True
+            journey.accepted(LOCAL)
             while unfinished:
                 delta = await mailbox.take()
+                if delta.times is not None:
+                    journey.began(delta.times)
                 unfinished -= delta.finish_reason is not None
                 yield delta
         finally:

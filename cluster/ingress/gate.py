@@ -58,6 +58,7 @@ class Gate:
         except (ClientGone, ClientDisconnect):
             visit.record.outcome = "client gone"
         except Exception as error:
+            visit.trace.failed(error)
             refused = failure(error)
             if refused.status >= 500:
                 log_failure(logger, visit.request_id, error)
@@ -68,6 +69,7 @@ class Gate:
             else:
                 raise  # half an answer is out: closing the connection is all that is left to say
         finally:
+            visit.trace.end(status or "-")
             client = scope.get("client")
             what = Access(scope["method"], scope["path"], client[0] if client else "-", status or "-", status < 400)
             log_access(what, visit.request_id, time.monotonic() - visit.arrival_time, visit.record)

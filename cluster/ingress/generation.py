@@ -17,6 +17,7 @@ from octavo.cluster.ingress.client import EngineClient
 from octavo.cluster.ingress.errors import Interrupted
 from octavo.cluster.ingress.prompts import Prompt
 from octavo.cluster.observability.metrics import Finished, IngressMetrics
+from octavo.cluster.observability.traces import NO_TRACE, Trace
 from octavo.engine.errors import CapacityError, StepError
 from octavo.engine.text.stream import TextStream
 from octavo.engine.text.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ class Generation:
         arrival_time: float,
         *,
         only_scores: bool = False,
+        trace: Trace = NO_TRACE,
     ) -> None:
         self.prompts = prompts
         self.requests = requests
@@ -125,6 +127,7 @@ class Generation:
         self.ttft_s: float | None = None
         self._client = client
         self._only_scores = only_scores
+        self._trace = trace
         self._metrics = metrics
         self._arrival_time = arrival_time
 
@@ -134,6 +137,11 @@ class Generation:
     @property
     def num_completion_tokens(self) -> int:
         return 0 if self._only_scores else sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def finish_reasons(self) -> tuple[FinishReason | None, ...]:
+        """Of each choice; None: it has not ended."""
+        return tuple(choice.finish_reason for choice in self.choices)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """All pieces, in order within each choice. Closing it aborts what is unfinished.
@@ -153,9 +161,10 @@ class Generation:
         request = self.requests[number]
         choices = self.choices[number * self.n : (number + 1) * self.n]
         clock = _Clock(self._metrics, self._arrival_time)
+        journey = self._trace.journey(number)
         unfinished, ended = self.n, None
         try:
-            async with aclosing(self._client.generate(request)) as deltas:
+            async with aclosing(self._client.generate(request, journey)) as deltas:
                 async for delta in deltas:
                     choice = choices[delta.index]
                     if choice.finish_reason is not None:
@@ -191,6 +200,8 @@ class Generation:
             raise
         else:
             clock.stop(ended or "error", choices)
+        finally:
+            journey.ended()
 
 
 class _Clock:

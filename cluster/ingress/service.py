@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -23,6 +23,7 @@ from octavo.cluster.ingress.sampling import only_scores, sampling_params
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.ingress.visit import Places, Visit
 from octavo.cluster.observability.metrics import IngressMetrics
+from octavo.cluster.observability.traces import NO_TRACER, Asked, Tracer
 from octavo.engine.errors import CapacityError, RequestError
 from octavo.engine.text.bad_words import bad_words_token_ids
 from octavo.engine.text.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ class Service:
     """One model behind one ingress. Lives on one event loop.
 
     registries: what else its metrics show. expected_wait_s: of a request that comes now, for its turn at a replica.
+    tracer: is told of the requests that generate.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Service:
         tokenizer: Tokenizer,
         registries: Sequence[CollectorRegistry] = (),
         expected_wait_s: Callable[[], float] = lambda: 0.0,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.settings = settings
         self.client = client
@@ -60,6 +63,7 @@ class Service:
         self._admission = Admission(settings.max_queue_wait_s, expected_wait_s)
         self._has_been_here = False
         self._registries = registries
+        self._tracer = tracer
         self._metrics: IngressMetrics | None = None
         self._reported: set[str] = set()
 
@@ -84,7 +88,10 @@ class Service:
         return self._metrics
 
     async def stats(self) -> Mapping[str, EngineStats]:
-        """A snapshot of each replica, by its id. Raises ReplicaLost if none answers in time, unless the model may be away."""
+        """A snapshot of each replica, by its id.
+
+        Raises ReplicaLost if none answers in time, unless the model may be away.
+        """
         try:
             engines = await self._soon(self.client.stats())
         except ReplicaLost:
@@ -113,6 +120,7 @@ class Service:
 
     async def complete(self, body: CompletionBody, visit: Visit, answer_id: str) -> Generation:
         """What continues the prompts, not begun yet. `answer_id`: what the client will know the answer by."""
+        self._trace(visit, "text_completion", body.model)
         info = await self._admit(body)
         if body.suffix:
             raise RequestError("suffix is not supported: the models served here cannot fill in the middle.", "suffix")
@@ -124,6 +132,7 @@ class Service:
 
     async def chat(self, body: ChatBody, visit: Visit, answer_id: str) -> Generation:
         """What answers the conversation, not begun yet."""
+        self._trace(visit, "chat", body.model)
         info = await self._admit(body)
         self._check_choices(body.n or 1)
         prompt = await self.prompts.of_chat(body, body, info.max_model_len)
@@ -157,6 +166,10 @@ class Service:
     def name(self) -> str:
         """What answers call the model."""
         return self.settings.served_model_names[0]
+
+    def _trace(self, visit: Visit, operation: Literal["chat", "text_completion"], model: str | None) -> None:
+        asked = Asked(operation, model or self.name, visit.request_id, visit.arrival_time, visit.headers)
+        visit.trace = self._tracer.begin(asked)
 
     async def _admit(self, body: GenerationBody) -> EngineInfo:
         metrics = await self.metrics()
@@ -211,6 +224,7 @@ class Service:
                 )
             )
         metrics = await self.metrics()
+        visit.trace.understood(requests[0].params, answer_id, bool(body.stream))
         return Generation(
             self.client,
             self.tokenizer,
@@ -219,6 +233,7 @@ class Service:
             requests,
             visit.arrival_time,
             only_scores=only_scores(body),
+            trace=visit.trace,
         )
 
     async def _soon(self, answer: Awaitable[T], within_s: float = ENGINE_ANSWER_S) -> T:

@@ -18,6 +18,7 @@ from octavo.cluster.ingress.errors import TimedOut
 from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.presence import ClientGone
 from octavo.cluster.observability.access_log import AccessRecord
+from octavo.cluster.observability.traces import NO_TRACE, Trace
 from octavo.engine.errors import CapacityError
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without blanks: fit for a header and a log line
@@ -32,6 +33,7 @@ class Visit:
     headers: Mapping[str, str] = field(default_factory=dict)
     session_id: str | None = None
     record: AccessRecord = field(default_factory=AccessRecord)
+    trace: Trace = NO_TRACE  # of a request that generates
 
     @asynccontextmanager
     async def time_limit(self, timeout_s: float | None) -> AsyncIterator[None]:
@@ -45,24 +47,27 @@ class Visit:
 
     @contextmanager
     def recorded(self, generation: Generation) -> Iterator[None]:
-        """Writes into the access record, at the end, what came of the generation."""
+        """Writes into the access record and the trace, at the end, what came of the generation."""
         record = self.record
         try:
             yield
             record.outcome = generation.choices[-1].finish_reason
-        except ClientGone:
+        except ClientGone as error:
             record.outcome = "client gone"
+            self.trace.failed(error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             record.outcome = "cancelled"
             raise
         except Exception as error:
             record.outcome = type(error).__name__
+            self.trace.failed(error)
             raise
         finally:
             record.prompt_tokens = generation.num_prompt_tokens
             record.completion_tokens = generation.num_completion_tokens
             record.ttft_s = generation.ttft_s
+            self.trace.generated(generation)
 
 
 class Places:

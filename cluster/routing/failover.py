@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
+from octavo.cluster.observability.traces import NO_JOURNEY, Journey
 from octavo.engine.errors import CapacityError, OctavoError
 from octavo.engine.types import EngineInfo, EngineStats, Request, Resumed, TokenDelta
 
@@ -74,16 +75,16 @@ class FailoverClient:
     async def stats(self) -> Mapping[str, EngineStats]:
         return await self._client.stats()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: Request, journey: Journey = NO_JOURNEY) -> AsyncGenerator[TokenDelta, None]:
         """See EngineClient. Raises ReplicaLost when no replica was there in time, or too many were lost under it."""
-        progress, search = _Progress(request), _Search(self._timeout_s)
+        progress, search = _Progress(request), _Search(self._timeout_s, journey)
         while True:
             search.begin()
             try:
                 attempt = self._client.attempt(progress.rest(), search.accepted, search.left_s, search.avoid)
                 async with aclosing(attempt) as deltas:
                     async for delta in deltas:
-                        search.brought(len(delta.token_ids))
+                        search.brought(delta)
                         yield progress.take(delta)
                         if progress.is_complete:
                             return
@@ -96,9 +97,10 @@ class FailoverClient:
                 logger.warning(
                     "request %s goes on elsewhere behind %d tokens: %s", request.request_id, progress.num_tokens, error
                 )
-            except CapacityError:
+            except CapacityError as error:
                 if not search.is_on:
                     raise  # nobody has begun it: the client may be told to come back later
+                journey.lost(error)
             await search.pause()
 
 
@@ -137,8 +139,9 @@ class _Progress:
 class _Search:
     """A request's way from replica to replica: how long it has been without one, and how many it has lost."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, journey: Journey) -> None:
         self._timeout_s = timeout_s
+        self._journey = journey
         self._without_since: float | None = None
         self.avoid: set[str] = set()  # replicas lost with it
         self._replica: str | None = None
@@ -160,15 +163,20 @@ class _Search:
 
     def begin(self) -> None:
         self._replica, self._num_brought = None, 0
+        self._journey.submitted()
 
     def accepted(self, replica: str) -> None:
         self._replica, self._without_since, self._pauses = replica, None, 0
+        self._journey.accepted(replica)
 
-    def brought(self, num_tokens: int) -> None:
-        self._num_brought += num_tokens
+    def brought(self, delta: TokenDelta) -> None:
+        self._num_brought += len(delta.token_ids)
+        if delta.times is not None:
+            self._journey.began(delta.times)
 
     def lost(self, error: ReplicaLost) -> None:
         """The attempt ended with `error`. Raises ReplicaLost if there is to be no other."""
+        self._journey.lost(error)
         if self._replica is not None:
             self.avoid.add(self._replica)
         if self._replica is not None and not isinstance(error, HandedOver):

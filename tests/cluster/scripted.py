@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from octavo.cluster.observability.traces import NO_JOURNEY, Journey
 from octavo.engine.text.byte_tokenizer import EOS, ByteTokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta, TokenLogprobs
 
@@ -49,7 +50,7 @@ class ScriptedClient:
     async def stats(self) -> dict[str, EngineStats]:
         return {f"replica-{number}": stats for number, stats in enumerate(self.stats_value)}
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: Request, journey: Journey = NO_JOURNEY) -> AsyncGenerator[TokenDelta, None]:
         self.seen.append(request)
         self.live += 1
         finished = False

@@ -17,6 +17,7 @@ from octavo.engine.types import (
     EngineInfo,
     EngineStats,
     GenerationDefaults,
+    PhaseTimes,
     Request,
     Resumed,
     TokenDelta,
@@ -105,6 +106,11 @@ def test_delta_round_trip(delta, stream_id):
     proto = through(wire.delta_to_proto(delta, stream_id))
     assert proto.stream_id == stream_id
     assert wire.delta_from_proto(proto, delta.request_id) == delta
+
+
+def test_times_survive():
+    delta = TokenDelta("r", 0, (1,), times=PhaseTimes(0.0, 1.5))
+    assert wire.delta_from_proto(through(wire.delta_to_proto(delta, 1)), "r").times == delta.times
 
 
 def test_infinite_logprobs_survive():

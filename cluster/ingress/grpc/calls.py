@@ -77,6 +77,7 @@ class Call:
             code = StatusCode.CANCELLED
             raise
         except Exception as error:
+            self.visit.trace.failed(error)
             refused = rpc_failure(error)
             code, self.failed = refused.code, True
             if code in (StatusCode.INTERNAL, StatusCode.UNAVAILABLE):
@@ -85,6 +86,7 @@ class Call:
             self.context.set_details(refused.details)
             self.context.set_trailing_metadata([(REQUEST_ID, self.visit.request_id), *refused.metadata])
         finally:
+            self.visit.trace.end(code.name)
             what = Access("gRPC", self.path, _client(self.context.peer()), code.name, code == StatusCode.OK)
             log_access(what, self.visit.request_id, time.monotonic() - self.visit.arrival_time, self.visit.record)
 
