@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from octavo.cluster.ingress.admission import Admission
 from octavo.cluster.routing.fleet import Fleet, Placing
 from octavo.engine.core.blocks import BlockLog, BlockPool
 from octavo.engine.core.plan import StepResult
 from octavo.engine.core.prefix import Chain
 from octavo.engine.core.scheduler import Limits, Scheduler
+from octavo.engine.errors import CapacityError
 from octavo.engine.params import SamplingParams
 from octavo.engine.runner.fake import CostModel, FakeRunner
 from octavo.engine.types import Request, TokenDelta
@@ -101,9 +103,20 @@ class _Engine:
 
 
 class Simulation:
-    """`fleets` are fresh, one per ingress: requests go to the ingresses in turn. Each gets `num_replicas` replicas."""
+    """`fleets` are fresh, one per ingress: requests go to the ingresses in turn. Each gets `num_replicas` replicas.
 
-    def __init__(self, fleets: Sequence[Fleet], num_replicas: int, replica: Replica | None = None) -> None:
+    max_queue_wait_s: as in an ingress's limits. refused: arrivals that were turned away for it.
+    """
+
+    def __init__(
+        self,
+        fleets: Sequence[Fleet],
+        num_replicas: int,
+        replica: Replica | None = None,
+        max_queue_wait_s: float | None = None,
+    ) -> None:
+        self.refused: list[Arrival] = []
+        self._max_queue_wait_s = max_queue_wait_s
         self._fleets = fleets
         self._turns = itertools.cycle(fleets)
         self._engines = {f"replica-{i}": _Engine(replica or Replica()) for i in range(num_replicas)}
@@ -140,8 +153,13 @@ class Simulation:
         heapq.heappush(self._queue, (time_s, next(self._order), kind, what))
 
     def _arrive(self, arrival: Arrival, now: float) -> None:
-        placing = Placing(len(arrival.prompt), Chain(arrival.prompt, BLOCK_SIZE))
         fleet = next(self._turns)
+        try:
+            Admission(self._max_queue_wait_s, fleet.expected_wait_s).check()
+        except CapacityError:
+            self.refused.append(arrival)
+            return
+        placing = Placing(len(arrival.prompt), Chain(arrival.prompt, BLOCK_SIZE))
         name = fleet.place(placing)[0]
         request_id = str(next(self._order))
         params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, temperature=0.0, seed=0)
