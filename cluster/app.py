@@ -13,7 +13,7 @@ import asyncio
 import importlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from octavo.cluster.config import DeploymentConfig, ModelConfig
 from octavo.cluster.ingress.grpc.host import RpcHost
 from octavo.cluster.ingress.settings import IngressSettings
 from octavo.cluster.logs import show_logs
+from octavo.cluster.observability.metrics import engine_metrics
+from octavo.cluster.observability.ray_metrics import RayMetrics
 from octavo.cluster.observability.routing import RoutingMetrics
 from octavo.cluster.observability.traces import make_tracer, require_exporter
 from octavo.cluster.replica import EngineReplica, Host, OnDeltas
@@ -45,6 +47,8 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.process.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
     from octavo.cluster.ingress.service import Service
     from octavo.engine.text.tokenizer import Tokenizer
 
@@ -83,12 +87,17 @@ class EngineHost(EngineReplica):
         host = Host(drain_flag(), model.drain_timeout_s, end_process)
         super().__init__(replica_id, info, start, model.step_timeout_s, host)
         await self.first_token()
+        name = model.served_model_name[0] if model.served_model_name else info.model
+        self._ray_metrics = RayMetrics(lambda: engine_metrics(name, {replica_id: self._loop.stats()}, "replica"))
+        self._ray_metrics.start()
         self._watchdog = Watchdog(model.hang_timeout_s)
         self._watchdog.start()
 
     async def __del__(self) -> None:
         if hasattr(self, "_watchdog"):
             self._watchdog.close()
+        if hasattr(self, "_ray_metrics"):
+            self._ray_metrics.close()
         if hasattr(self, "_loop"):
             await self.close()
 
@@ -112,13 +121,18 @@ class IngressHost(RpcHost):
 
         await self._receiver.start(node_address())
         pools = zip(self._config.models, self._engines, strict=True)
-        app = create_app([await self._service(model, engine) for model, engine in pools])
+        services = [await self._service(model, engine) for model, engine in pools]
+        app = create_app(services)
+        self._ray_metrics = RayMetrics(lambda: _counted_here(services))
+        self._ray_metrics.start()
         self.start_rpc(app.state.catalog, came_through_handle, drain_flag())
         return app
 
     async def __del__(self) -> None:
         if hasattr(self, "_receiver"):
             await self._receiver.stop()
+        if hasattr(self, "_ray_metrics"):
+            self._ray_metrics.close()
         if hasattr(self, "_tracer"):
             await asyncio.to_thread(self._tracer.close)
 
@@ -139,6 +153,13 @@ class IngressHost(RpcHost):
             lambda: is_stopping() and not fleet.replicas,  # all of it stops: nobody will come
         )
         return Service(settings, lasting, tokenizer, (metrics.registry,), fleet.expected_wait_s, self._tracer)
+
+
+def _counted_here(services: Sequence[Service]) -> Iterator[Metric]:
+    """What an ingress has counted itself."""
+    for service in services:
+        if service.metrics_so_far is not None:
+            yield from service.metrics_so_far.collect({})
 
 
 def build_app(args: DeploymentConfig | Mapping[str, Any]) -> Application:

@@ -87,6 +87,11 @@ class Service:
             self._metrics = IngressMetrics(self.settings.served_model_names[0], info.max_model_len, self._registries)
         return self._metrics
 
+    @property
+    def metrics_so_far(self) -> IngressMetrics | None:
+        """None until somebody has asked what the model is."""
+        return self._metrics
+
     async def stats(self) -> Mapping[str, EngineStats]:
         """A snapshot of each replica, by its id.
 

@@ -141,10 +141,10 @@ class _Families(Collector):
         yield from self._families
 
 
-def engine_metrics(model_name: str, engines: Mapping[str, EngineStats]) -> Iterator[Metric]:
-    """The replicas' own numbers; the label `engine` is the replica's id."""
+def engine_metrics(model_name: str, engines: Mapping[str, EngineStats], label: str = "engine") -> Iterator[Metric]:
+    """The replicas' own numbers; what is called `label` is the replica's id."""
     for kind, name, text, value in _ENGINE:
-        family = kind(f"octavo:{name}", text, labels=("model_name", "engine"))
+        family = kind(f"octavo:{name}", text, labels=("model_name", label))
         for replica, stats in engines.items():
             family.add_metric((model_name, replica), getattr(stats, value))
         yield family

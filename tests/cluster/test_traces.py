@@ -288,7 +288,8 @@ async def main():
 
 asyncio.run(main())
 # FastAPI imports the API for itself.
-print([name for name in sys.modules if name.endswith(".otlp") or name.startswith(("opentelemetry.sdk", "opentelemetry.ex"))])
+ours = ("octavo.cluster.observability.otlp", "opentelemetry.sdk", "opentelemetry.exporter")
+print([name for name in sys.modules if name.startswith(ours)])
 """
 
 

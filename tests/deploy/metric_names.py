@@ -38,6 +38,10 @@ def octavo_series() -> Series:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
+    # The same through Ray's agent, which gets the engines' numbers from the replicas.
+    for name, labels in tuple(found.items()):
+        through_ray = {"replica" if label == "engine" else label for label in labels}
+        found[name.replace("octavo:", "ray_octavo_")] = through_ray | WORKER
     return {name: labels | SCRAPED for name, labels in found.items()}
 
 
