@@ -15,8 +15,8 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from octavo.cluster import wire
+from octavo.cluster.routing.call import Call
 from octavo.cluster.routing.fleet import Fleet, Placing
-from octavo.cluster.routing.router import Call
 from octavo.cluster.routing.watch import Watch
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.core.prefix import Chain

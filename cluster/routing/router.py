@@ -3,55 +3,26 @@
 Serve makes the router itself, in each process that has a handle, from the class's import path: nothing can be given to
 it. But a call's arguments reach it as the caller's own objects. So each control call has an argument that only the
 router reads (`Call`), and which is sent to the replica as None.
+
+Serve sends this module's contents by value: what is defined here exists twice in a process that imports it, too. So
+nothing that others use may be defined here.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from octavo.cluster.routing.fleet import Fleet, Placing
+from octavo.cluster.routing.call import Call, Watcher
 
 # How many ranks Serve is offered one by one before all others together.
 RANKS = 4
 # How long a replica that could not be reached is asked for a sign of life before it is sent anything.
 DOUBT_S = 5.0
-
-
-class Watcher(Protocol):
-    """Who wants to know which replicas there are. Called on the router's thread."""
-
-    def replicas_changed(self, replicas: Mapping[str, bool]) -> None: ...
-
-
-class Call:
-    """What a control call tells the router in its own process. Pickled it is None.
-
-    fleet: decides on `placing`, the request to be placed, if the call is one. only: the replica that is meant. watcher:
-    is told of the replicas there are, from now on.
-    """
-
-    __slots__ = ("fleet", "only", "placing", "watcher")
-
-    def __init__(
-        self,
-        fleet: Fleet | None = None,
-        placing: Placing | None = None,
-        only: str | None = None,
-        watcher: Watcher | None = None,
-    ) -> None:
-        self.fleet = fleet
-        self.placing = placing
-        self.only = only
-        self.watcher = watcher
-
-    def __reduce__(self) -> Any:
-        return (type(None), ())
 
 
 class OctavoRequestRouter(RequestRouter):
@@ -92,7 +63,10 @@ class OctavoRequestRouter(RequestRouter):
         now = time.monotonic()
         for replica in ranked[:RANKS]:
             known = self.replica_queue_len_cache.get(replica.replica_id)
-            if known is None and self._unreachable.get(replica.replica_id, 0.0) < now:
+            # Serve routes few calls at once. One that means this replica alone would hold a place in vain until the
+            # replica answers; it may as well fail.
+            meant = call is not None and call.only is not None
+            if known is None and (meant or self._unreachable.get(replica.replica_id, 0.0) < now):
                 self.replica_queue_len_cache.update(replica.replica_id, 0)
         return [*([replica] for replica in ranked[:RANKS]), ranked[RANKS:]]
 
