@@ -75,8 +75,10 @@ def open_loop(port: int, times_s: Sequence[float], max_tokens: int) -> list[Stre
     return streams
 
 
-def outcome(load: float, rate: float, seconds: float, streams: Sequence[Stream], args: argparse.Namespace) -> Outcome:
+def outcome(load: float, rate: float, streams: Sequence[Stream], args: argparse.Namespace) -> Outcome:
     served = [stream for stream in streams if stream.status == 200 and stream.done and stream.arrivals]
+    # Until the last of them has ended: those that wait at the end are served beyond the last arrival.
+    seconds = max(stream.arrivals[-1] for stream in served) - streams[0].sent_at
     tpots = [(s.arrivals[-1] - s.arrivals[0]) / (args.max_tokens - 1) for s in served]
     kept = sum(
         stream.ttft_s <= args.slo_ttft and tpot <= args.slo_tpot for stream, tpot in zip(served, tpots, strict=True)
@@ -124,7 +126,7 @@ def main() -> None:
             rate = load * capacity
             times = arrival_times_s(round(rate * args.seconds), rate)
             streams = open_loop(server.port, times, args.max_tokens)
-            outcomes.append(outcome(load, rate, times[-1], streams, args))
+            outcomes.append(outcome(load, rate, streams, args))
     finally:
         server.stop()
     at_capacity = next((o.goodput_rps for o in outcomes if o.load == 1), capacity)
