@@ -10,10 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
+COMMON = ("--disable-usage-stats", "--object-store-memory=100000000")
+# A node counts as dead after three looks in vain, one a second.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 def allowed() -> bool:
@@ -26,7 +34,7 @@ def allowed() -> bool:
 class Hosts:
     """`count` hosts, the first of which is the head. Ends all their processes at exit."""
 
-    def __init__(self, count: int, cpus: float = 2) -> None:
+    def __init__(self, count: int, cpus: float = 1) -> None:
         self._tag = f"oct{os.getpid() % 10000}"
         self._net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
         self.count, self._cpus = count, cpus
@@ -59,18 +67,18 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", self._name(i)], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", self._tag], capture_output=True, check=False)
 
-    def start_ray(self, environment=None) -> None:
-        """The head, then all workers at once."""
-        env = {"RAY_AUTH_MODE": "disabled", **(environment or {})}
-        common = ["--disable-usage-stats", f"--num-cpus={self._cpus:g}", "--object-store-memory=100000000"]
+    def start_head(self) -> None:
+        """A Ray cluster whose head has no CPUs to give: what it runs needs none."""
         head = [RAY, "start", "--head", f"--node-ip-address={self.addresses[0]}", "--port=6379"]
-        head += ["--include-dashboard=false", '--resources={"host0": 1000}', *common]
-        self.run(0, head, env)
+        self.run(0, [*head, "--include-dashboard=false", "--num-cpus=0", *COMMON], ENVIRONMENT)
+
+    def start_workers(self) -> None:
+        """The other hosts' raylets, all at once."""
         workers = [
             self.popen(
                 i,
-                [*self._joining(i), f'--resources={{"host{i}": 1000}}', *common],
-                env,
+                [*self._joining(i), f"--num-cpus={self._cpus:g}", *COMMON],
+                ENVIRONMENT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -118,12 +126,3 @@ class Hosts:
         done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
         return done.stdout
-
-
-if __name__ == "__main__":
-    with Hosts(3) as hosts:
-        begun = time.monotonic()
-        hosts.start_ray()
-        print(f"up after {time.monotonic() - begun:.1f} s")
-        code = f"import ray; ray.init('{hosts.addresses[0]}:6379', logging_level='ERROR'); print(len(ray.nodes()))"
-        print(hosts.run(0, [sys.executable, "-c", code], {"RAY_AUTH_MODE": "disabled"}))
