@@ -135,6 +135,7 @@ class _Stream:
 
     def __init__(self, send: Send, opening: Sequence[bytes]) -> None:
         self.opened = False
+        self._is_under_way = False  # the beginning has been sent, too
         self._send = send
         self._opening = opening
         self._lock = asyncio.Lock()
@@ -144,7 +145,8 @@ class _Stream:
         await self._open()
 
     async def send(self, events: Sequence[bytes]) -> None:
-        await self._open()
+        if not self._is_under_way:
+            await self._open()
         if events:
             await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
@@ -161,3 +163,4 @@ class _Stream:
             self.opened = True
             await self._send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             await self._send({"type": "http.response.body", "body": b"".join(self._opening), "more_body": True})
+            self._is_under_way = True
