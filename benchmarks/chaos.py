@@ -32,7 +32,7 @@ from chaos_load import Asked, Clients, questions
 from report import console
 from rich.table import Table
 
-VOCAB, LONGEST = 320, 1024
+VOCAB, LONGEST = 256, 1024
 FAULTS = ("kill rank", "stop rank", "kill replica", "stop replica", "kill ingress", "kill controller", "kill node")
 RECOVERY_S = 90.0
 STALL_S = 0.5  # a gap between tokens longer than this, begun before a fault's recovery, counts as its doing
@@ -79,9 +79,10 @@ def make_model(folder: Path) -> Path:
 def main() -> int:
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="octavo-chaos-") as folder:
-        model = make_model(Path(folder) / "tiny")
+        model = "fake:step_ms=4" if args.fake else str(make_model(Path(folder) / "tiny"))
         deployment = {
-            "model": str(model),
+            "model": model,
+            "served_model_name": "tiny",
             "num_replicas": args.replicas,
             "num_ingresses": args.ingresses,
             "num_cpus": 1,
@@ -91,7 +92,7 @@ def main() -> int:
                 "max_model_len": 2048,
                 "num_gpu_blocks_override": 1024,
                 "max_num_seqs": 64,
-                "batch_invariant": True,
+                "batch_invariant": not args.fake,
             },
             "log_level": "warning",
         }
@@ -216,6 +217,7 @@ def percentile(values: Sequence[float], p: float) -> float:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fake", action="store_true", help="an engine without a model: its ranks start at once")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--every", type=float, default=3, help="seconds of peace between faults")
     parser.add_argument("--replicas", type=int, default=2)
