@@ -62,7 +62,7 @@ class Policy:
 
 def serve_config(model: ModelConfig, settings: Autoscaling, log_level: str) -> AutoscalingConfig:
     """Serve's settings for `model`, which is autoscaled by `settings`."""
-    policy = AutoscalingPolicy(
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function="octavo.cluster.autoscaling_policy:Policy",
         policy_kwargs={"model": model.name, "log_level": log_level, **asdict(settings)},
     )

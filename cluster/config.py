@@ -271,6 +271,7 @@ class DeploymentConfig:
         values = section(values, "")
         at_top = {key: values.pop(key) for key in MODEL_SETTINGS if key in values}
         listed = values.pop("models", None)
+        models: tuple[ModelConfig, ...]
         if listed is None:
             models = (ModelConfig.from_mapping(at_top),)
         elif at_top:

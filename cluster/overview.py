@@ -155,7 +155,8 @@ def _details() -> tuple[Mapping[str, Any] | None, str | None]:
     except ValueError:
         return None, "Serve is not running"
     try:
-        return ray.get(controller.get_serve_instance_details.remote(), timeout=CONTROLLER_S), None
+        details: Any = ray.get(controller.get_serve_instance_details.remote(), timeout=CONTROLLER_S)
+        return details, None
     except GetTimeoutError:
         return None, f"Serve's controller does not answer within {CONTROLLER_S:g} s"
     except RayError as error:
@@ -223,7 +224,8 @@ def _failures() -> tuple[failures.Failure, ...]:
 
 def _node_names() -> dict[str, str]:
     """Ray's id → address, with the beginning of the id where several nodes share one."""
-    entries = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    entries = [(node["NodeID"], node["NodeManagerAddress"]) for node in nodes if node["Alive"]]
     addresses = [address for _, address in entries]
     return {
         node_id: address if addresses.count(address) == 1 else f"{address} {node_id[:6]}"
