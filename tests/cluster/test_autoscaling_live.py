@@ -14,15 +14,15 @@ from octavo.cluster.machine import free_ports
 ARGS = {
     "model": "fake:step_ms=20",
     "num_cpus": 0.1,
-    "drain_timeout_s": 5,
+    "drain_timeout_s": 4,
     "engine": {"max_num_seqs": 2},
     "autoscaling": {
         "min_replicas": 0,
         "max_replicas": 2,
         "target_queued_tokens": 40,
         "upscale_delay_s": 0.5,
-        "downscale_delay_s": 2,
-        "downscale_to_zero_delay_s": 2,
+        "downscale_delay_s": 1,
+        "downscale_to_zero_delay_s": 1.5,
         "look_back_period_s": 2,
     },
 }
@@ -62,10 +62,10 @@ async def test_there_and_back(url):
     async with httpx.AsyncClient(timeout=60) as http:
         await ask(http, url, max_tokens=1)
         assert replicas() == 1
-        load = [asyncio.create_task(ask(http, url, number)) for number in range(24)]
+        load = [asyncio.create_task(ask(http, url, number)) for number in range(16)]
         await become(2)
         await asyncio.gather(*load)  # no request is lost on the way up …
-        slow = asyncio.create_task(ask(http, url, max_tokens=300))
+        slow = asyncio.create_task(ask(http, url, max_tokens=150))
         await become(1)  # … nor on the way down
         await slow
         await become(0)
