@@ -9,7 +9,7 @@ import pickle
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -178,7 +178,8 @@ def _roll_out(
     were = _apply(config)
     restarted = {change.deployment for change in changes if change.kind == "restart"}
     try:
-        _watch(console, were, {r.id for r in _running(were) if r.deployment in restarted}, timeout)
+        old = {r.id for r in _running(were) if r.deployment in restarted}
+        _watch(console, config, were, old, timeout)
     except Failed as failure:
         console.print(Text(f"Failed: {failure}", style="bold red"))
         if before is None:
@@ -187,7 +188,7 @@ def _roll_out(
         console.print("The configuration that ran before is put back.")
         are = _apply(before)
         try:
-            _watch(console, are, {r.id for r in _running(are)} - {r.id for r in _running(were)}, timeout)
+            _watch(console, before, are, {r.id for r in _running(are)} - {r.id for r in _running(were)}, timeout)
         except Failed as again:
             console.print(Text(f"That failed too: {again}", style="bold red"))
         else:
@@ -220,7 +221,7 @@ def _apply(config: DeploymentConfig) -> Overview:
     return before
 
 
-def _watch(console: Console, before: Overview, old: set[str], timeout: float) -> None:
+def _watch(console: Console, config: DeploymentConfig, before: Overview, old: set[str], timeout: float) -> None:
     """Until everything runs that shall. Raises Failed with the first sentence of a replica that cannot.
 
     before: from before the change; what it says of failures is old. old: ids of the replicas that have to go.
@@ -228,7 +229,7 @@ def _watch(console: Console, before: Overview, old: set[str], timeout: float) ->
     from octavo.cluster.app import APP
     from octavo.cluster.overview import look
 
-    stale = set(messages(before))
+    stale, wanted = set(messages(before)), wanted_replicas(config)
     deadline = time.monotonic() + timeout
     said = ""
     with console.status("rolling out") as spinner:
@@ -239,7 +240,7 @@ def _watch(console: Console, before: Overview, old: set[str], timeout: float) ->
                 console.print(line, soft_wrap=True)
             said = line
             spinner.update(line or "rolling out")
-            if is_up(overview, old):
+            if is_up(overview, wanted, old):
                 return
             for message in messages(overview):
                 if message not in stale and (sentence := re.search(r"ConfigError: (.+)", message)):
@@ -256,14 +257,27 @@ def messages(overview: Overview) -> list[str]:
     return [overview.app_message, *(deployment.message for deployment in overview.deployments)]
 
 
-def is_up(overview: Overview, old: set[str]) -> bool:
-    """Whether all that shall run does, and nothing of before but what drains.
+def wanted_replicas(config: DeploymentConfig) -> dict[str, int | None]:
+    """Deployment → how many replicas it is to have; None = as many as its autoscaler wants."""
+    from octavo.cluster.app import INGRESS, engine_name
 
-    Serve's own word is no guide: it waits for what drains, and calls an application that has to grow running.
+    pools = {engine_name(model): None if model.autoscaling else model.num_replicas for model in config.models}
+    return {INGRESS: config.num_ingresses, **pools}
+
+
+def is_up(overview: Overview, wanted: Mapping[str, int | None], old: set[str]) -> bool:
+    """Whether all that shall run does (`wanted_replicas`), and nothing of before but what drains.
+
+    Serve's own word is no guide: it waits for what drains, calls an application that has to grow running, and for a
+    moment still tells the numbers of before.
     """
-    if overview.app_status not in ("DEPLOYING", "RUNNING") or not overview.deployments:
+    if overview.app_status not in ("DEPLOYING", "RUNNING"):
         return False
-    return all(_is_up(deployment, overview, old) for deployment in overview.deployments)
+    known = {deployment.name: deployment for deployment in overview.deployments}
+    return known.keys() == wanted.keys() and all(
+        wanted[name] in (None, deployment.wanted) and _is_up(deployment, overview, old)
+        for name, deployment in known.items()
+    )
 
 
 def _is_up(deployment: Deployment, overview: Overview, old: set[str]) -> bool:

@@ -112,20 +112,24 @@ def overview(*replicas, status="DEPLOYING", wanted=2):
 
 
 def test_when_it_is_up_and_what_is_said_until_then():
-    old = {"a", "b"}
+    old, wanted = {"a", "b"}, {"engine-m": 2}
     first = overview(("a", "RUNNING"), ("b", "RUNNING"), ("c", "STARTING"))
-    assert not is_up(first, old)
+    assert not is_up(first, wanted, old)
     assert progress(first, old) == "engine-m: 0 of 2 up, 2 old, 1 starting"
     then = overview(("b", "RUNNING"), ("c", "RUNNING"), ("a", "STOPPING"))
-    assert not is_up(then, old)
+    assert not is_up(then, wanted, old)
     assert progress(then, old) == "engine-m: 1 of 2 up, 1 old, 1 draining"
-    assert is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), ("b", "STOPPING")), old)
-    assert not is_up(overview(("c", "RUNNING"), wanted=2), old)
-    assert not is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), ("e", "STARTING")), old)
-    assert not is_up(overview(status="DEPLOYING", wanted=1), old)
-    assert not is_up(replace(first, app_status="RUNNING"), old)
-    assert is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), status="RUNNING"), old)
-    assert not is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), status="DEPLOY_FAILED"), old)
+    assert is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), ("b", "STOPPING")), wanted, old)
+    assert not is_up(overview(("c", "RUNNING"), wanted=2), wanted, old)
+    assert not is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), ("e", "STARTING")), wanted, old)
+    assert not is_up(overview(status="DEPLOYING", wanted=1), wanted, old)
+    assert not is_up(replace(first, app_status="RUNNING"), wanted, old)
+    assert is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), status="RUNNING"), wanted, old)
+    assert not is_up(overview(("c", "RUNNING"), ("d", "RUNNING"), status="DEPLOY_FAILED"), wanted, old)
+    before_serve_knows = overview(("c", "RUNNING"), status="RUNNING", wanted=1)
+    assert not is_up(before_serve_knows, wanted, old)
+    assert is_up(before_serve_knows, {"engine-m": None}, old)
+    assert not is_up(before_serve_knows, {"engine-m": 1, "engine-new": 1}, old)
 
 
 async def test_an_ingress_learns_what_its_engines_have_become(monkeypatch):
