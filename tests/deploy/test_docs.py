@@ -24,6 +24,7 @@ OTHERS = {
     "placement_group_strategy",
 }
 SPANS = (ROOT / "cluster" / "observability" / "otlp.py").read_text()  # names their attributes and events
+POLICY = (ROOT / "cluster" / "autoscaling_policy.py").read_text()
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -40,6 +41,8 @@ def test_settings_exist(page):
     for section, name in words:
         if section == "octavo":
             assert f'"octavo.{name}"' in SPANS, name
+        elif name.startswith("ray_"):  # a metric, as Ray calls it
+            assert f'"{name.removeprefix("ray_")}"' in POLICY, name
         elif section in SECTIONS:
             assert name in {item.name for item in dataclasses.fields(SECTIONS[section])}, f"{section}.{name}"
         else:
