@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import time
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -74,16 +77,20 @@ def _watch(overview: Overview, interval: float) -> None:
     from octavo.cluster.overview import look
     from octavo.cluster.overview_table import render
 
-    try:
-        with Live(render(overview), console=Console(highlight=False), auto_refresh=False, screen=False) as live:
-            live.refresh()
-            while True:
-                time.sleep(interval)
-                trouble = None
-                try:
-                    overview = look(APP, overview)
-                except Exception as error:
-                    trouble = f"Ray does not answer ({type(error).__name__}); what follows is old."
-                live.update(render(overview, trouble), refresh=True)
-    except KeyboardInterrupt:
-        return
+    # A KeyboardInterrupt in the midst of a call into Ray can get lost there. A second Ctrl-C is Python's again.
+    stop = threading.Event()
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.set()
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    with Live(render(overview), console=Console(highlight=False), auto_refresh=False, screen=False) as live:
+        live.refresh()
+        while not stop.wait(interval):
+            trouble = None
+            try:
+                overview = look(APP, overview)
+            except Exception as error:
+                trouble = f"Ray does not answer ({type(error).__name__}); what follows is old."
+            live.update(render(overview, trouble), refresh=True)
