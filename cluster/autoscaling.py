@@ -173,7 +173,8 @@ class Autoscaler:
         if load.replicas == 0:
             return Wanted(queue=int(load.waiting > 0))
         settings, there = self._settings, load.replicas
-        self._too_much.unlearn(load, settings)
+        if self._has_room(load, there):
+            self._too_much.unlearn(load)
         held = math.ceil(load.kv_held / settings.target_kv_usage)
         queue = self._bounded(math.ceil(load.queued_tokens / settings.target_queued_tokens), load, target)
         wanting = self._bounded(math.ceil((load.kv_held + load.kv_wanted) / settings.target_kv_usage), load, target)
@@ -208,7 +209,7 @@ class Autoscaler:
         if now - self._more_since < self._settings.upscale_delay_s:
             return Decision(target, f"{most} are wanted, for {now - self._more_since:.0f} s so far")
         self._more_since = None
-        if load.replicas == target and most > math.ceil(load.kv_held / self._settings.target_kv_usage):
+        if load.replicas == target:
             self._too_much.learn(load)
         if self.wanted.ttft == self.wanted.most and load.ttft_s is not None:
             self._tried = (load.replicas, load.ttft_s)
@@ -232,16 +233,15 @@ class Autoscaler:
         if load.is_idle and target <= 1:
             return settings.min_replicas
         lowest = max(1, settings.min_replicas, target - max(1, target // 4))
-        fits = (n for n in range(lowest, target) if self._is_plenty(load, n))
+        fits = (n for n in range(lowest, target) if self._has_room(load, n) and not self._too_much.covers(load, n))
         return next(fits, target)
 
-    def _is_plenty(self, load: Load, replicas: int) -> bool:
+    def _has_room(self, load: Load, replicas: int) -> bool:
         settings = self._settings
         return (
             load.kv_held + load.kv_wanted <= SPARE * settings.target_kv_usage * replicas
             and load.queued_tokens <= SPARE * settings.target_queued_tokens * replicas
             and (settings.target_ttft_s is None or (load.ttft_s or 0.0) <= SPARE * settings.target_ttft_s)
-            and not self._too_much.covers(load, replicas)
         )
 
     def _less(self, fewest: int, load: Load, target: int, now: float) -> Decision:
@@ -268,15 +268,13 @@ class _TooMuch:
 
     def learn(self, load: Load) -> None:
         new = (load.prompt_rate / load.replicas, load.generation_rate / load.replicas)
+        if not any(new):  # nothing has been computed yet: a pool without requests would do no less
+            return
         kept = [old for old in self._loads if not (new[0] <= old[0] and new[1] <= old[1])]
         self._loads = [*kept, new][-MOST_REMEMBERED:]
 
-    def unlearn(self, load: Load, settings: Autoscaling) -> None:
-        """Forget what replicas bear easily now: then it was something else that was too much."""
-        if load.queued_tokens > SPARE * settings.target_queued_tokens * load.replicas:
-            return
-        if settings.target_ttft_s is not None and (load.ttft_s or 0.0) > SPARE * settings.target_ttft_s:
-            return
+    def unlearn(self, load: Load) -> None:
+        """Forget what is less than `load`, which replicas bear easily: then it was something else that was too much."""
         prompt, generation = load.prompt_rate / load.replicas, load.generation_rate / load.replicas
         self._loads = [old for old in self._loads if not (prompt > BEYOND * old[0] and generation > BEYOND * old[1])]
 

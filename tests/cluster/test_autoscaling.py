@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from autoscaling_traces import MORNING, burst, constant, diurnal, noisy, ramp, sawtooth, step
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from octavo.cluster.app import build_app
@@ -114,6 +114,12 @@ def test_what_once_was_too_much_for_few_is_not_left_to_few():
     assert settled(scaler, full(2, **less), 2, 301, start=5000) == 1
 
 
+def test_a_queue_before_anything_was_computed_is_no_measure():
+    scaler = Autoscaler(SETTINGS)
+    assert settled(scaler, Load(replicas=1, requests=9, queued_tokens=1e5), 1, 10) == 2
+    assert settled(scaler, Load(replicas=2), 2, 301, start=20) == 1
+
+
 def test_to_zero_and_back():
     settings = Autoscaling(min_replicas=0, max_replicas=4, downscale_to_zero_delay_s=60)
     idle, scaler = Load(replicas=1), Autoscaler(settings)
@@ -130,7 +136,8 @@ def test_to_zero_and_back():
 # ── hours of load ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@example(rate=3.0, prompt=193.0, output=115.0, start_s=1.0, pool=20_000.0)  # one alone is as full of KV as two need it
 @given(
     rate=st.floats(0.0, 30.0),
     prompt=st.floats(50, 4000),
@@ -146,7 +153,7 @@ def test_a_constant_load_is_left_alone_for_good(rate, prompt, output, start_s, p
         assert history[-1].wait_s * machine.capacity_s * prompt <= SETTINGS.target_queued_tokens + prompt
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(rate=st.floats(0.5, 20.0), every_s=st.sampled_from([1.0, 20.0, 120.0]), seed=st.integers(0, 999))
 def test_noise_around_a_level_does_not_make_it_flap(rate, every_s, seed):
     history = simulate(SETTINGS, noisy(rate, 0.2, every_s, seed), 4 * HOUR)
@@ -185,7 +192,7 @@ def test_burst():
 
 
 def test_diurnal():
-    history = simulate(SETTINGS, diurnal(0.5, 9.5), 2 * 86400.0)
+    history = simulate(SETTINGS, diurnal(0.5, 9.5), 2 * 86400.0, step_s=2.0)
     assert cost(history) < 1.15
     assert max(m.wait_s for m in history) < 10
     assert len(moves(history)) <= 20  # four up and four down a day
