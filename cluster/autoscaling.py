@@ -209,7 +209,7 @@ class Autoscaler:
         if now - self._more_since < self._settings.upscale_delay_s:
             return Decision(target, f"{most} are wanted, for {now - self._more_since:.0f} s so far")
         self._more_since = None
-        if load.replicas == target:
+        if load.replicas == target:  # KV too: more replicas hold less in all, since requests end sooner
             self._too_much.learn(load)
         if self.wanted.ttft == self.wanted.most and load.ttft_s is not None:
             self._tried = (load.replicas, load.ttft_s)

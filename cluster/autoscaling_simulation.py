@@ -115,10 +115,10 @@ def simulate(
         ready = [replica for replica in replicas if replica.ready_at <= now]
         arriving = rate(now)
         homeless += arriving * step_s
-        shortest = min((replica.waiting for replica in ready), default=0.0)
-        takers = [replica for replica in ready if replica.waiting <= shortest + 1.0]
+        short = min([replica.waiting for replica in ready], default=0.0) + 1.0
+        takers = sum([replica.waiting <= short for replica in ready])
         for replica in ready:
-            replica.advance(homeless / len(takers) if replica in takers else 0.0, step_s)
+            replica.advance(homeless / takers if replica.waiting <= short else 0.0, step_s)
         homeless = 0.0 if ready else homeless
         if now >= reported + settings.look_back_period_s / REPORTS_PER_PERIOD:
             reported = now

@@ -136,8 +136,8 @@ def test_to_zero_and_back():
 # ── hours of load ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
-@example(rate=3.0, prompt=193.0, output=115.0, start_s=1.0, pool=20_000.0)  # one alone is as full of KV as two need it
+@settings(max_examples=5, deadline=None, derandomize=True)
+@example(rate=3.0, prompt=193.0, output=115.0, start_s=1.0, pool=20_000.0)  # its KV pool is full, not its queue
 @given(
     rate=st.floats(0.0, 30.0),
     prompt=st.floats(50, 4000),
@@ -153,7 +153,7 @@ def test_a_constant_load_is_left_alone_for_good(rate, prompt, output, start_s, p
         assert history[-1].wait_s * machine.capacity_s * prompt <= SETTINGS.target_queued_tokens + prompt
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(rate=st.floats(0.5, 20.0), every_s=st.sampled_from([1.0, 20.0, 120.0]), seed=st.integers(0, 999))
 def test_noise_around_a_level_does_not_make_it_flap(rate, every_s, seed):
     history = simulate(SETTINGS, noisy(rate, 0.2, every_s, seed), 4 * HOUR)
@@ -192,10 +192,10 @@ def test_burst():
 
 
 def test_diurnal():
-    history = simulate(SETTINGS, diurnal(0.5, 9.5), 2 * 86400.0, step_s=2.0)
+    history = simulate(SETTINGS, diurnal(0.5, 9.5, period=12 * HOUR), 24 * HOUR, step_s=2.0)
     assert cost(history) < 1.15
     assert max(m.wait_s for m in history) < 10
-    assert len(moves(history)) <= 20  # four up and four down a day
+    assert len(moves(history)) <= 20  # four up and four down a period
 
 
 def test_sawtooth():
