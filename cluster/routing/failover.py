@@ -70,6 +70,12 @@ class FailoverClient:
         self._is_hopeless = is_hopeless
 
     async def info(self) -> EngineInfo:
+        """As `EngineClient`; a replica that dies while it is asked is no reason to fail: another one is asked."""
+        for _ in range(POISON_LOSSES):
+            try:
+                return await self._client.info()
+            except ReplicaLost:
+                await asyncio.sleep(FIRST_PAUSE_S)
         return await self._client.info()
 
     async def stats(self) -> Mapping[str, EngineStats]:

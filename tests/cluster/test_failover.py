@@ -43,8 +43,12 @@ class Replicas:
     seen: list[Request] = field(default_factory=list)
     avoided: list[set[str]] = field(default_factory=list)
     live: int = 0
+    deaf: int = 0  # how often asking for info meets a replica that dies
 
     async def info(self):
+        self.deaf -= 1
+        if self.deaf >= 0:
+            raise ReplicaLost("It died.")
         return INFO
 
     async def stats(self):
@@ -126,6 +130,12 @@ def test_any_chain_of_losses(ends, n, stops):
         tokens = [t for d in have for t in d.token_ids]
         assert tokens == [t for d in want for t in d.token_ids][: len(tokens)]
         assert have == want[: len(have)]
+
+
+async def test_a_replica_that_dies_while_it_says_what_it_is():
+    assert await FailoverClient(Replicas(deaf=2), 5.0).info() == INFO
+    with pytest.raises(ReplicaLost):
+        await FailoverClient(Replicas(deaf=99), 5.0).info()
 
 
 async def test_poison_is_not_tried_for_ever():
