@@ -93,6 +93,7 @@ class TokenReceiver:
     def __init__(self, on_broken: Callable[[str, str], None] = lambda replica, host: None) -> None:
         self.stats: dict[str, EngineStats] = {}
         self.listeners: list[Listener] = []
+        self.leaving: set[str] = set()  # replicas that have said that they stop: their end is no failure
         self._on_broken = on_broken
         self._id = secrets.token_hex(4)
         self._token = secrets.token_urlsafe(16)
@@ -168,8 +169,9 @@ class TokenReceiver:
             inbox = self._open.get(stream_id)
             if inbox is not None:
                 inbox.fail(ReplicaLost(f"Replica {replica} went away while it served the request."))
-        if broken_host is not None:
+        if broken_host is not None and replica not in self.leaving:
             self._on_broken(replica, broken_host)
+        self.leaving.discard(replica)
 
 
 class _Servicer(tokens_pb2_grpc.TokenChannelServicer):

@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from octavo.cluster import wire
-from octavo.cluster.ingress.client import ReplicaLost
+from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.cluster.routing.fleet import Fleet, Placing
 from octavo.cluster.routing.policies import Prefix
 from octavo.cluster.routing.pool import Pool
@@ -169,6 +169,8 @@ class ServeEngineClient:
             error = ReplicaLost("The request was cancelled.")
         except (RayError, RayServeException) as failure:
             error = _translated(failure)
+        if isinstance(error, HandedOver) and inbox.replica is not None:
+            self._receiver.leaving.add(inbox.replica)
         if error is not None:
             inbox.fail(error)
             return
