@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.engine.errors import RequestError
+from octavo.engine.grammar.spec import StructuredOutputs
 
 MAX_SEED = 2**63 - 1
 # Below this, 1/temperature overflows half precision; vLLM uses the same floor.
@@ -64,6 +65,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
     skip_reading_prefix_cache: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         normalize = object.__setattr__  # a frozen value is normalised once, here, before anybody has seen it
@@ -118,6 +120,8 @@ class SamplingParams:
             _flag(name, getattr(self, name))
         if self.skip_reading_prefix_cache is not None:
             _flag("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
+            raise RequestError("structured_outputs must be a StructuredOutputs.", "structured_outputs")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=true.", "stop")
 

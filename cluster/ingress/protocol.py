@@ -22,16 +22,6 @@ NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "tool_choice": ("Tool calling", (*_NOTHING, "none", "auto")),
     "functions": ("Tool calling", _NOTHING),
     "function_call": ("Tool calling", (*_NOTHING, "none", "auto")),
-    "response_format": ("Structured output", (*_NOTHING, {"type": "text"})),
-    "structured_outputs": ("Structured output", _NOTHING),
-    "guided_json": ("Structured output", _NOTHING),
-    "guided_regex": ("Structured output", _NOTHING),
-    "guided_choice": ("Structured output", _NOTHING),
-    "guided_grammar": ("Structured output", _NOTHING),
-    "guided_json_object": ("Structured output", _NOTHING),
-    "guided_decoding_backend": ("Structured output", _NOTHING),
-    "guided_whitespace_pattern": ("Structured output", _NOTHING),
-    "structural_tag": ("Structured output", _NOTHING),
     "include_reasoning": ("Reasoning", (None, True)),
     "reasoning": ("Reasoning", _NOTHING),
     "reasoning_effort": ("Reasoning", _NOTHING),
@@ -64,6 +54,7 @@ NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 # Fields that are for the provider's books, or have no effect where nothing calls tools.
 WITHOUT_EFFECT = frozenset(
     {
+        "guided_decoding_backend",
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
@@ -205,6 +196,15 @@ class GenerationBody(Body):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
 
     @property
     def beyond(self) -> Beyond:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from octavo.cluster.ingress.protocol import ChatBody, CompletionBody, GenerationBody
 from octavo.engine.errors import RequestError
+from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.params import MAX_LOGPROBS, SamplingParams
 from octavo.engine.types import GenerationDefaults
 
@@ -15,7 +16,11 @@ T = TypeVar("T")
 
 
 def sampling_params(
-    body: GenerationBody, defaults: GenerationDefaults, prompt_tokens: int, context: int
+    body: GenerationBody,
+    defaults: GenerationDefaults,
+    prompt_tokens: int,
+    context: int,
+    structured: StructuredOutputs | None = None,
 ) -> SamplingParams:
     """How to sample for a prompt of `prompt_tokens` tokens in a context of `context` tokens.
 
@@ -53,6 +58,7 @@ def sampling_params(
         allowed_token_ids=_allowed(body.allowed_token_ids),
         bad_words=tuple(body.bad_words or ()),
         skip_reading_prefix_cache=body.beyond.skip_reading_prefix_cache,
+        structured_outputs=structured,
     )
     return params if params.seed is not None else params.replace(seed=secrets.randbits(63))
 

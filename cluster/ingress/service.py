@@ -21,10 +21,12 @@ from octavo.cluster.ingress.prompts import Prompt, PromptMaker
 from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from octavo.cluster.ingress.sampling import only_scores, sampling_params
 from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.ingress.structured import structured_of
 from octavo.cluster.ingress.visit import Places, Visit
 from octavo.cluster.observability.metrics import IngressMetrics
 from octavo.cluster.observability.traces import NO_TRACER, Asked, Tracer
 from octavo.engine.errors import CapacityError, RequestError
+from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.text.bad_words import bad_words_token_ids
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request
@@ -133,7 +135,7 @@ class Service:
             raise RequestError("best_of other than n is not supported.", "best_of")
         self._check_choices(len(body.prompt) * (body.n or 1))
         prompts = await self.prompts.of_completion(body, info.max_model_len, info.vocab_size)
-        return await self._generation(body, prompts, answer_id, visit, info)
+        return await self._generation(body, prompts, answer_id, visit, info, structured=structured_of(body))
 
     async def chat(self, body: ChatBody, visit: Visit, answer_id: str) -> Generation:
         """What answers the conversation, not begun yet."""
@@ -141,7 +143,7 @@ class Service:
         info = await self._admit(body)
         self._check_choices(body.n or 1)
         prompt = await self.prompts.of_chat(body, body, info.max_model_len)
-        return await self._generation(body, [prompt], answer_id, visit, info)
+        return await self._generation(body, [prompt], answer_id, visit, info, structured=structured_of(body))
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         info = await self.info()
@@ -206,12 +208,20 @@ class Service:
             )
 
     async def _generation(
-        self, body: GenerationBody, prompts: Sequence[Prompt], answer_id: str, visit: Visit, info: EngineInfo
+        self,
+        body: GenerationBody,
+        prompts: Sequence[Prompt],
+        answer_id: str,
+        visit: Visit,
+        info: EngineInfo,
+        *,
+        structured: StructuredOutputs | None = None,
     ) -> Generation:
+        """structured: the form that the outputs are to have."""
         defaults = self.settings.defaults or info.generation_defaults
         requests = []
         for number, prompt in enumerate(prompts):
-            params = sampling_params(body, defaults, len(prompt.token_ids), info.max_model_len)
+            params = sampling_params(body, defaults, len(prompt.token_ids), info.max_model_len, structured)
             params.check_vocab(info.vocab_size)
             requests.append(
                 Request(
