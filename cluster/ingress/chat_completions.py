@@ -8,6 +8,7 @@ from typing import Any
 from octavo.cluster.ingress.generation import Generation, Piece
 from octavo.cluster.ingress.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from octavo.cluster.ingress.protocol import ChatBody
+from octavo.cluster.ingress.reading.parts import Answer, CallArguments, CallBegun, Part, Reasoning
 
 
 class ChatDialect:
@@ -30,6 +31,7 @@ class ChatDialect:
         options = body.stream_options
         self._usage_null = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
+        self._calling: set[int] = set()  # choices in which the model has called a tool
         # echo gives back what the answer continues, so that the client has the turn as one text
         self._echo = body.messages[-1].text if body.echo and body.continue_final_message else ""
 
@@ -38,8 +40,9 @@ class ChatDialect:
             yield self._chunk(index, {"role": "assistant", "content": self._echo})
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
-        if piece.text or piece.logprobs or (self._body.return_token_ids and piece.token_ids):
-            chunk = self._chunk(piece.index, {"content": piece.text})
+        parts = self._read(piece)
+        if parts or piece.logprobs or (self._body.return_token_ids and piece.token_ids):
+            chunk = self._chunk(piece.index, _delta(parts))
             choice = chunk["choices"][0]
             choice["logprobs"] = self._logprobs(piece)
             if self._body.return_token_ids:
@@ -49,7 +52,7 @@ class ChatDialect:
             yield chunk
         if piece.finish_reason is not None:
             chunk = self._chunk(piece.index, {})
-            chunk["choices"][0].update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+            chunk["choices"][0].update(finish_reason=self._finish_reason(piece), stop_reason=piece.stop_reason)
             yield chunk
 
     def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -68,16 +71,29 @@ class ChatDialect:
         return reply
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
+        message = _message(self._read(piece), self._echo)
         choice: dict[str, Any] = {
             "index": piece.index,
-            "message": {"role": "assistant", "content": self._echo + piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
+            "finish_reason": self._finish_reason(piece),
             "stop_reason": piece.stop_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(piece.token_ids)
         return choice
+
+    def _read(self, piece: Piece) -> list[Part]:
+        parts = self._generation.readers[piece.index].push(piece.text, piece.finish_reason is not None)
+        if any(isinstance(part, CallBegun) for part in parts):
+            self._calling.add(piece.index)
+        return parts
+
+    def _finish_reason(self, piece: Piece) -> str | None:
+        """After its piece was read."""
+        if piece.finish_reason == "stop" and piece.index in self._calling:
+            return "tool_calls"
+        return piece.finish_reason
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -96,3 +112,37 @@ class ChatDialect:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}
+
+
+def _delta(parts: Sequence[Part]) -> dict[str, Any]:
+    """What a chunk adds. Without any part, an empty text: the chunk carries something else."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        match part:
+            case Answer(text):
+                delta["content"] = delta.get("content", "") + text
+            case Reasoning(text):
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + text
+            case CallBegun(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"index": index, "id": call_id, "type": "function", "function": function}
+            case CallArguments(index, text):
+                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += text
+    if calls:
+        delta["tool_calls"] = list(calls.values())
+    return delta or {"content": ""}
+
+
+def _message(parts: Sequence[Part], echo: str) -> dict[str, Any]:
+    """The whole answer. As OpenAI has it, content is null where the model has only called tools."""
+    delta = _delta(parts)
+    content = echo + delta.get("content", "")
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if "reasoning_content" in delta:
+        message["reasoning_content"] = delta["reasoning_content"]
+    if calls := delta.get("tool_calls"):
+        message["content"] = content or None
+        message["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+    return message

@@ -16,6 +16,7 @@ from octavo.cluster.ingress import replies
 from octavo.cluster.ingress.client import EngineClient
 from octavo.cluster.ingress.errors import Interrupted
 from octavo.cluster.ingress.prompts import Prompt
+from octavo.cluster.ingress.reading.parts import PlainReader, Reader
 from octavo.cluster.observability.metrics import Finished, IngressMetrics
 from octavo.cluster.observability.traces import NO_TRACE, Trace
 from octavo.engine.errors import CapacityError, StepError
@@ -98,7 +99,8 @@ class Generation:
     """The engine requests of one client request, run side by side.
 
     `requests[i]` continues `prompts[i]`; its sequence j is the choice i × n + j. Counters are valid at any time and
-    final once `pieces` has ended, however it did. only_scores: what is generated is thrown away.
+    final once `pieces` has ended, however it did. only_scores: what is generated is thrown away. `readers[i]` reads the
+    text of choice i (None: nothing is to be found in it), for a dialect that tells the parts of an answer apart.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Generation:
         arrival_time: float,
         *,
         only_scores: bool = False,
+        readers: Sequence[Reader] | None = None,
         trace: Trace = NO_TRACE,
     ) -> None:
         self.prompts = prompts
@@ -120,6 +123,7 @@ class Generation:
             Choice(index, TextStream(tokenizer, request.prompt_token_ids, request.params), request.params.detokenize)
             for index, request in enumerate(request for request in requests for _ in range(self.n))
         ]
+        self.readers: tuple[Reader, ...] = tuple(readers or (PlainReader() for _ in self.choices))
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         # one entry per prompt token; all None until the engine has sent them
         self.prompt_logprobs: list[Sequence[TokenLogprobs | None]] = [(None,) * len(p.token_ids) for p in prompts]
