@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
-from octavo.cluster.ingress.errors import failure, log_failure
-from octavo.cluster.ingress.generation import Generation, Piece, join
+from octavo.cluster.ingress.errors import Failure, failure, log_failure
+from octavo.cluster.ingress.generation import Generation, Piece
 from octavo.cluster.ingress.presence import ClientGone, stay
 from octavo.cluster.ingress.visit import Places, Visit
 
@@ -35,16 +35,27 @@ STREAM_HEADERS = [
 class Dialect(Protocol):
     """One endpoint's shapes. Made for one request; `chunks` is called with its pieces in order, `whole` once."""
 
+    @property
+    def form(self) -> replies.EventForm:
+        """How a stream's events are written."""
+        ...
+
     def opening(self) -> Iterable[dict[str, Any]]:
         """What a stream sends before any token."""
         ...
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]: ...
 
-    def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]: ...
+    def closing(self, usage: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        """What a stream sends after the last piece."""
+        ...
 
-    def whole(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        """`pieces[i]` is all of choice i."""
+    def failed(self, failure: Failure) -> Iterable[dict[str, Any]]:
+        """What it sends instead where something went wrong after it had begun."""
+        ...
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
+        """`pieces[i]` are those of choice i, in order."""
         ...
 
 
@@ -80,12 +91,12 @@ class WholeAnswer(_Answer):
             async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
                 async for piece in pieces:
                     parts[piece.index].append(piece)
-        body = self.dialect.whole([join(part) for part in parts], self.generation.usage())
+        body = self.dialect.whole(parts, self.generation.usage())
         await Response(replies.to_json(body), media_type="application/json")(scope, receive, send)
 
 
 class StreamedAnswer(_Answer):
-    """Server-sent events: one per piece, as it comes, and `[DONE]`.
+    """Server-sent events, for each piece as it comes.
 
     The status line waits for the first piece (for `early_errors_s` at most), so that a request the engine refuses gets
     its 4xx. Later errors are an event of their own. While a slow client does not read, tokens pile up in the mailbox,
@@ -101,31 +112,28 @@ class StreamedAnswer(_Answer):
         timeout_s: float | None,
         *,
         early_errors_s: float,
-        include_usage: bool,
     ) -> None:
         super().__init__(generation, dialect, visit, places, timeout_s)
         self.early_errors_s = early_errors_s
-        self.include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stream = _Stream(send, [replies.event(chunk) for chunk in self.dialect.opening()])
+        dialect, write = self.dialect, self.dialect.form.event
+        stream = _Stream(send, [*map(write, dialect.opening())])
         opener = asyncio.create_task(stream.open_after(self.early_errors_s))
         try:
             with self.places.taken(), self.visit.recorded(self.generation):
                 async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
                     async for piece in pieces:
-                        await stream.send([replies.event(chunk) for chunk in self.dialect.chunks(piece)])
-                    if self.include_usage:
-                        await stream.send([replies.event(self.dialect.last_chunk(self.generation.usage()))])
+                        await stream.send([*map(write, dialect.chunks(piece))])
         except Exception as error:
             if not stream.opened or isinstance(error, ClientGone):
                 raise
             refused = failure(error)
             if refused.status >= 500:
                 log_failure(logger, self.visit.request_id, error)
-            await stream.end([replies.event(refused.body), replies.DONE])
+            await stream.end([*map(write, dialect.failed(refused)), dialect.form.end])
         else:
-            await stream.end([replies.DONE])
+            await stream.end([*map(write, dialect.closing(self.generation.usage())), dialect.form.end])
         finally:
             opener.cancel()
 

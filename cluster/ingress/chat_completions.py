@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.cluster.ingress.generation import Generation, Piece
+from octavo.cluster.ingress import replies
+from octavo.cluster.ingress.errors import Failure
+from octavo.cluster.ingress.generation import Generation, Piece, join
 from octavo.cluster.ingress.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from octavo.cluster.ingress.protocol import ChatBody
 from octavo.cluster.ingress.reading.parts import Answer, CallArguments, CallBegun, Part, Reasoning
 
 
 class ChatDialect:
+    form = replies.DATA_EVENTS
+
     def __init__(
         self,
         body: ChatBody,
@@ -55,13 +59,16 @@ class ChatDialect:
             chunk["choices"][0].update(finish_reason=self._finish_reason(piece), stop_reason=piece.stop_reason)
             yield chunk
 
-    def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+    def closing(self, usage: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        return ({**self._head("chat.completion.chunk"), "choices": [], "usage": usage},) if self._usage_null else ()
 
-    def whole(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
+    def failed(self, failure: Failure) -> Iterable[dict[str, Any]]:
+        return (failure.body,)
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
         reply = {
             **self._head("chat.completion"),
-            "choices": [self._choice(piece) for piece in pieces],
+            "choices": [self._choice(join(some)) for some in pieces],
             "usage": usage,
         }
         if self._body.return_token_ids:

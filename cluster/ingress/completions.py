@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from octavo.cluster.ingress.generation import Generation, Piece
+from octavo.cluster.ingress import replies
+from octavo.cluster.ingress.errors import Failure
+from octavo.cluster.ingress.generation import Generation, Piece, join
 from octavo.cluster.ingress.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from octavo.cluster.ingress.protocol import CompletionBody
 from octavo.cluster.ingress.sampling import only_scores
@@ -14,6 +16,8 @@ from octavo.engine.types import TokenLogprobs
 
 class CompletionDialect:
     """`prompt_texts[i]` is what echo puts before the choices of prompt i."""
+
+    form = replies.DATA_EVENTS
 
     def __init__(
         self,
@@ -48,11 +52,14 @@ class CompletionDialect:
             chunk["usage"] = None
         return (chunk,)
 
-    def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [], "usage": usage}
+    def closing(self, usage: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        return ({**self._head, "choices": [], "usage": usage},) if self._usage_null else ()
 
-    def whole(self, pieces: Sequence[Piece], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [self._choice(piece) for piece in pieces], "usage": usage}
+    def failed(self, failure: Failure) -> Iterable[dict[str, Any]]:
+        return (failure.body,)
+
+    def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [self._choice(join(some)) for some in pieces], "usage": usage}
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         body = self._body

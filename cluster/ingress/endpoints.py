@@ -10,7 +10,7 @@ from octavo.cluster.ingress.answers import Dialect, StreamedAnswer, WholeAnswer
 from octavo.cluster.ingress.chat_completions import ChatDialect
 from octavo.cluster.ingress.completions import CompletionDialect
 from octavo.cluster.ingress.generation import Generation
-from octavo.cluster.ingress.protocol import ChatBody, CompletionBody, GenerationBody
+from octavo.cluster.ingress.protocol import ChatBody, CompletionBody
 from octavo.cluster.ingress.service import Service
 from octavo.cluster.ingress.visit import Visit
 
@@ -22,7 +22,7 @@ async def complete(service: Service, body: CompletionBody, visit: Visit) -> Resp
     dialect = CompletionDialect(
         body, generation, texts, service.names, answer_id=answer_id, model=service.name, created=int(time.time())
     )
-    return _answer(service, body, generation, dialect, visit)
+    return answer(service, body.stream, generation, dialect, visit)
 
 
 async def chat(service: Service, body: ChatBody, visit: Visit) -> Response:
@@ -31,12 +31,13 @@ async def chat(service: Service, body: ChatBody, visit: Visit) -> Response:
     dialect = ChatDialect(
         body, generation, service.names, answer_id=answer_id, model=service.name, created=int(time.time())
     )
-    return _answer(service, body, generation, dialect, visit)
+    return answer(service, body.stream, generation, dialect, visit)
 
 
-def _answer(service: Service, body: GenerationBody, generation: Generation, dialect: Dialect, visit: Visit) -> Response:
+def answer(service: Service, stream: bool | None, generation: Generation, dialect: Dialect, visit: Visit) -> Response:
+    """The response that carries the generation out when it is sent."""
     settings = service.settings
-    if not body.stream:
+    if not stream:
         return WholeAnswer(generation, dialect, visit, service.places, settings.request_timeout_s)
     return StreamedAnswer(
         generation,
@@ -45,5 +46,4 @@ def _answer(service: Service, body: GenerationBody, generation: Generation, dial
         service.places,
         settings.request_timeout_s,
         early_errors_s=settings.early_errors_s,
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )

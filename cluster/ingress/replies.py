@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 # JSON has no infinities; vLLM uses the same floor.
 LOWEST_LOGPROB = -9999.0
-
-DONE = b"data: [DONE]\n\n"
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
@@ -27,6 +26,23 @@ def to_json(body: Mapping[str, Any]) -> bytes:
 def event(body: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(body) + b"\n\n"
+
+
+def named_event(body: Mapping[str, Any]) -> bytes:
+    """The same, with the body's type as the event's name."""
+    return f"event: {body['type']}\n".encode() + event(body)
+
+
+@dataclass(frozen=True, slots=True)
+class EventForm:
+    """How a vendor's streams are written: each event, and what comes after the last one."""
+
+    event: Callable[[Mapping[str, Any]], bytes]
+    end: bytes
+
+
+DATA_EVENTS = EventForm(event, b"data: [DONE]\n\n")  # OpenAI's completions
+NAMED_EVENTS = EventForm(named_event, b"")  # OpenAI's responses, Anthropic's messages
 
 
 def finite(logprob: float) -> float:
