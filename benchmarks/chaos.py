@@ -7,8 +7,8 @@ Then, one fault after the other, a rank, a replica, an ingress, the controller o
 Printed: requests sent and how they ended (the goal is 0 wrong, 0 lost, 0 hung), and per kind of fault how long streams
 stood still and until everything was there again. The exit code is 1 if the goal is missed.
 
-An ingress cannot hand over its clients' connections: those that break with it count as `cut`, and the client asks
-again.
+An ingress cannot hand over its clients' connections: those that break within seconds of an ingress or a node being
+killed are that fault's doing, and the client asks again. Any other broken connection misses the goal.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from rich.table import Table
 VOCAB, LONGEST = 256, 1024
 FAULTS = ("kill rank", "stop rank", "kill replica", "stop replica", "kill ingress", "kill controller", "kill node")
 RECOVERY_S = 90.0
+CUTTING = ("kill ingress", "kill node")  # with these, connections go
+CUT_WITHIN_S = 5.0
 STALL_S = 0.5  # a gap between tokens longer than this, begun before a fault's recovery, counts as its doing
 
 
@@ -192,11 +194,13 @@ def report(faults: Sequence[Fault], log: Sequence[Asked]) -> int:
     console.print(table)
     ends = Counter(asked.outcome for asked in log)
     tokens = sum(len(asked.token_times) for asked in log)
-    cut = sum(len(asked.cut_at) for asked in log)
+    cut = [at for asked in log for at in asked.cut_at]
+    unexplained = [at for at in cut if not explained(at, faults)]
     console.print(
         f"sent {len(log)}, right {ends['right']}, wrong {ends['wrong']}, lost {ends['lost']}, hung {ends['hung']}, "
-        f"ended with an error {ends['error']}; {tokens} chunks; connections cut {cut} "
-        f"(asked again), refusals {sum(asked.refused for asked in log)} (asked again)"
+        f"ended with an error {ends['error']}; {tokens} chunks; connections cut {len(cut)}, "
+        f"{len(unexplained)} of them by no fault (asked again), "
+        f"refusals {sum(asked.refused for asked in log)} (asked again)"
     )
     for asked in log:
         if asked.outcome != "right":
@@ -204,11 +208,18 @@ def report(faults: Sequence[Fault], log: Sequence[Asked]) -> int:
     unwell = sum(fault.well_after_s is None for fault in faults)
     if unwell:
         console.print(f"{unwell} faults were not healed within {RECOVERY_S:g} s")
-    # Connections break with the process that holds them, and only then.
-    fronts = any(fault.kind in ("kill ingress", "kill node", "stop ingress") for fault in faults)
-    good = ends["right"] == len(log) and not unwell and (fronts or not cut)
+    for at in unexplained:
+        before = [fault for fault in faults if fault.at <= at]
+        said = f"{at - before[-1].at:.1f} s after '{before[-1].kind}'" if before else "before any fault"
+        console.print(f"  a connection broke {said}")
+    good = ends["right"] == len(log) and not unwell and not unexplained
     console.print("goal reached" if good else "goal missed")
     return 0 if good else 1
+
+
+def explained(cut_at: float, faults: Sequence[Fault]) -> bool:
+    """Connections break with the process that holds them, when it breaks, and only then."""
+    return any(fault.kind in CUTTING and 0 <= cut_at - fault.at < CUT_WITHIN_S for fault in faults)
 
 
 def percentile(values: Sequence[float], p: float) -> float:

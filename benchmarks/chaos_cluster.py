@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from octavo.cluster.machine import free_ports
 
 # How soon Ray notices a node that is gone: 3 checks, one a second.
 QUICK_NODES = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+DOES_NOT_RUN = "TZX"  # stopped, dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Broken:
         self._num_nodes = num_nodes
         self.cluster = Cluster()
         self.nodes: list[Any] = []
+        self._usual: Counter[str] = Counter()  # processes by role, with nothing broken
 
     def start(self) -> None:
         self.cluster.add_node(num_cpus=1, _system_config=QUICK_NODES, object_store_memory=80 << 20)
@@ -52,6 +55,7 @@ class Broken:
         ray.init(address=self.cluster.address, logging_level="ERROR", log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": self._port, "location": "HeadOnly"})
         serve.run(build_app(self._deployment), name=APP, route_prefix="/")
+        self._usual = self._running()
 
     def stop(self) -> None:
         with contextlib.suppress(Exception):
@@ -69,8 +73,16 @@ class Broken:
                 found += [_classified(pid) for pid in _descendants(info.process.pid)]
         return [process for process in found if process is not None]
 
+    def _running(self) -> Counter[str]:
+        return Counter(process.role for process in self.processes() if _state(process.pid) not in DOES_NOT_RUN)
+
     def well(self) -> bool:
-        """Whether all replicas run and a token can be had."""
+        """Whether all processes run, the controller agrees, and a token can be had.
+
+        The controller alone would not do: for a second after a death it knows of nothing.
+        """
+        if not self._usual <= self._running():
+            return False
         try:
             app = serve.status().applications[APP]
             if not all(d.status == "HEALTHY" for d in app.deployments.values()):
@@ -104,18 +116,19 @@ def wait_until_well(cluster: Broken, timeout_s: float, gone: int | None = None) 
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         time.sleep(0.2)
-        if (gone is None or not _runs(gone)) and cluster.well():
+        if (gone is None or _state(gone) in "ZX") and cluster.well():
             time.sleep(0.5)  # the controller looks at its replicas once a second
             if cluster.well():
                 return True
     return False
 
 
-def _runs(pid: int) -> bool:
+def _state(pid: int) -> str:
+    """One letter, as in proc(5); X also when there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "X"
 
 
 def _classified(pid: int) -> Process | None:

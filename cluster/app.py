@@ -44,7 +44,7 @@ from octavo.cluster.serve_host import came_through_handle, drain_flag, end_proce
 from octavo.cluster.token_receiver import TokenReceiver
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
-from octavo.engine.process.watchdog import Watchdog
+from octavo.engine.process.watchdog import STARTING_S, Watchdog
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -71,6 +71,9 @@ class EngineHost(EngineReplica):
         from octavo.engine.loop import EngineLoop
 
         show_logs(log_level)
+        # Serve looks at replicas that run, not at those that start: one that is stuck there would be waited for.
+        self._watchdog = Watchdog(STARTING_S)
+        self._watchdog.start()
         replica_id = serve.get_replica_context().replica_id.unique_id
         options = RankOptions(
             label=f"{engine_name(model)}#{replica_id}",
@@ -90,8 +93,7 @@ class EngineHost(EngineReplica):
         name = model.served_model_name[0] if model.served_model_name else info.model
         self._ray_metrics = RayMetrics(lambda: engine_metrics(name, {replica_id: self._loop.stats()}, "replica"))
         self._ray_metrics.start()
-        self._watchdog = Watchdog(model.hang_timeout_s)
-        self._watchdog.start()
+        self._watchdog.allow(model.hang_timeout_s)
 
     async def __del__(self) -> None:
         if hasattr(self, "_watchdog"):

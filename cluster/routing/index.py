@@ -15,6 +15,8 @@ from octavo.engine.core.prefix import Chain
 
 # Blocks between two looks at the index along a chain: the first is looked at alone, then the strides double up to this.
 MAX_STRIDE = 128
+# Ends of what replicas hold are found to within this part of a prompt, and to the block in prompts that are shorter.
+GRAIN = 1 / 128
 # Names in one shard, about. Growing a dict, or going over one, takes time in proportion to its size, a second for a
 # million names: here it is one shard at a time.
 SHARD = 1024
@@ -75,7 +77,8 @@ class BlockIndex:
         self._dead |= bit
 
     def match(self, chain: Chain) -> dict[str, int]:
-        """How many leading blocks of `chain` each replica holds, for those that hold the first.
+        """How many leading blocks of `chain` each replica holds, for those that hold the first. Of a long chain it may
+        say up to GRAIN of it less: the last few lookups would cost as much as all before and decide nothing.
 
         Whoever holds a block is taken to hold all before it, which is so but for the odd one that was evicted early: a
         few names along the chain are looked up, and the rest is bisected.
@@ -83,13 +86,14 @@ class BlockIndex:
         found: dict[str, int] = {}
         total, shards, of = len(chain), self._shards, self._of
         at, mask, stride = 0, self._live, 1
+        grain = max(1, int(total * GRAIN))
         while mask and at < total:
             to = min(total, at + stride)
             names = chain.names(to)
             name = names[to - 1]
             there = shards[hash(name) & of].get(name, 0) & mask
             if there != mask:
-                self._find_ends(names, at, mask, to, there, found)
+                self._find_ends(names, at, mask, to, there, grain, found)
             at, mask, stride = to, there, min(MAX_STRIDE, 2 * stride)
         self._note(mask, at, found)
         return found
@@ -130,19 +134,19 @@ class BlockIndex:
         return 1 << number
 
     def _find_ends(
-        self, names: list[bytes], low: int, at_low: int, high: int, at_high: int, found: dict[str, int]
+        self, names: list[bytes], low: int, at_low: int, high: int, at_high: int, grain: int, found: dict[str, int]
     ) -> None:
         """Of those that hold `low` blocks but not `high`, find how many each holds. `at_…`: the masks there."""
-        if high - low == 1:
+        if high - low <= grain:
             self._note(at_low & ~at_high, low, found)
             return
         middle = (low + high) // 2
         name = names[middle - 1]
         at_middle = self._shards[hash(name) & self._of].get(name, 0) & at_low | at_high
         if at_middle != at_low:
-            self._find_ends(names, low, at_low, middle, at_middle, found)
+            self._find_ends(names, low, at_low, middle, at_middle, grain, found)
         if at_middle != at_high:
-            self._find_ends(names, middle, at_middle, high, at_high, found)
+            self._find_ends(names, middle, at_middle, high, at_high, grain, found)
 
     def _note(self, mask: int, count: int, found: dict[str, int]) -> None:
         while mask and count:

@@ -27,12 +27,10 @@ from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
 from octavo.engine.process.channel import ChannelClosed, Line, dial
 from octavo.engine.process.inproc import Executes
-from octavo.engine.process.watchdog import BEAT_S, Watchdog
+from octavo.engine.process.watchdog import BEAT_S, STARTING_S, Watchdog
 from octavo.engine.types import EngineInfo
 
 log = logging.getLogger(__name__)
-
-STARTING_S = 120.0  # that a rank may be silent while it starts: imports and checkpoints can hold the interpreter up
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import time
 SLICE_S = 0.25
 BEAT_S = 0.5
 LONGEST_S = 255
+STARTING_S = 120.0  # that a process may be silent while it starts: imports and checkpoints can hold its interpreter up
 
 
 def watch(pipe: int, parent: int) -> None:

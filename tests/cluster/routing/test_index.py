@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from octavo.cluster.routing.index import BlockIndex
+from octavo.cluster.routing.index import GRAIN, BlockIndex
 from octavo.engine.core.prefix import Chain, next_name, root_name
 
 SIZE = 4
@@ -36,10 +36,18 @@ def reference(held, tokens):
     return found
 
 
+def check(found, expected, num_blocks):
+    """To the block in prompts up to 1 / GRAIN blocks long; of longer ones the last few may be missing."""
+    grain = max(1, int(num_blocks * GRAIN))
+    for replica, count in expected.items():
+        assert count - grain < found.pop(replica, 0) <= count
+    assert not found
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_matches_are_the_longest_prefixes(seed):
     rng = random.Random(seed)
-    trunks = [rng.choices(range(50), k=rng.choice((30, 300, 1500))) for _ in range(4)]
+    trunks = [rng.choices(range(50), k=rng.choice((30, 300, 4000))) for _ in range(4)]
     index, held = BlockIndex(1 << 20), {replica: set() for replica in REPLICAS}
     for _ in range(200):
         replica, tokens = rng.choice(REPLICAS), prompt(rng, trunks)
@@ -61,7 +69,7 @@ def test_matches_are_the_longest_prefixes(seed):
                     pass
         for _ in range(3):
             asked = prompt(rng, trunks)
-            assert index.match(Chain(asked, SIZE)) == reference(held, asked)
+            check(index.match(Chain(asked, SIZE)), reference(held, asked), len(asked) // SIZE)
     for _ in index.sweep():
         pass
     assert len(index) == len(set().union(*held.values()))
