@@ -14,6 +14,8 @@ from octavo.engine.core.blocks import BlockChanges
 from octavo.engine.core.prefix import NAME_BYTES
 from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.info import PoolingInfo
+from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.types import (
     EngineInfo,
     EngineStats,
@@ -106,6 +108,15 @@ def params_from_proto(proto: Any) -> SamplingParams:
     return SamplingParams(**values, logit_bias=dict(proto.logit_bias))
 
 
+def pooling_to_proto(params: PoolingParams) -> Any:
+    return tokens_pb2.PoolingParams(**{name: getattr(params, name) for name in _POOLING})
+
+
+def pooling_from_proto(proto: Any) -> PoolingParams:
+    """Raises RequestError, naming the field, for a value out of range."""
+    return PoolingParams(**{name: getattr(proto, name) for name in _POOLING if proto.HasField(name)})
+
+
 # --- the control call
 
 
@@ -118,6 +129,7 @@ def request_to_proto(request: Request) -> Any:
         cache_salt=request.cache_salt,
         bad_words_token_ids=[tokens_pb2.Tokens(ids=ids) for ids in request.bad_words_token_ids],
         resume=[tokens_pb2.Resumed(index=item.index, token_ids=item.token_ids) for item in request.resume],
+        pooling=None if request.pooling is None else pooling_to_proto(request.pooling),
     )
 
 
@@ -132,6 +144,7 @@ def request_from_proto(proto: Any, arrival_time: float) -> Request:
         arrival_time=arrival_time,
         bad_words_token_ids=tuple(tuple(tokens.ids) for tokens in proto.bad_words_token_ids),
         resume=tuple(Resumed(item.index, tuple(item.token_ids)) for item in proto.resume),
+        pooling=pooling_from_proto(proto.pooling) if proto.HasField("pooling") else None,
     )
 
 
@@ -217,6 +230,7 @@ def delta_to_proto(delta: TokenDelta, stream_id: int) -> Any:
         finish_reason=_REASON_NUMBERS[delta.finish_reason],
         num_cached_tokens=delta.num_cached_tokens,
         error=delta.error,
+        pooled=delta.pooled,
     )
     if delta.logprobs:
         proto.logprobs.extend(map(logprobs_to_proto, delta.logprobs))
@@ -247,6 +261,7 @@ def delta_from_proto(proto: Any, request_id: str) -> TokenDelta:
         prompt_logprobs=_prompt_logprobs(proto.prompt_logprobs) if proto.HasField("prompt_logprobs") else None,
         error=proto.error if proto.HasField("error") else None,
         times=PhaseTimes(proto.times.queue_s, proto.times.prefill_s) if proto.HasField("times") else None,
+        pooled=proto.pooled if proto.HasField("pooled") else None,
     )
 
 
@@ -302,6 +317,7 @@ def info_to_proto(info: EngineInfo) -> Any:
     proto.phases.extend(tokens_pb2.EngineInfo.Phase(name=name, seconds=seconds) for name, seconds in info.phases)
     defaults = {name: getattr(info.generation_defaults, name) for name in _GENERATION_DEFAULTS}
     proto.generation_defaults.CopyFrom(tokens_pb2.EngineInfo.GenerationDefaults(**defaults))
+    proto.pooling.CopyFrom(_pooling_info_to_proto(info.pooling))
     return proto
 
 
@@ -311,7 +327,25 @@ def info_from_proto(proto: Any) -> EngineInfo:
     given = proto.generation_defaults
     defaults = {name: getattr(given, name) for name in _GENERATION_DEFAULTS if given.HasField(name)}
     phases = tuple((phase.name, phase.seconds) for phase in proto.phases)
-    return EngineInfo(**values, generation_defaults=GenerationDefaults(**defaults), phases=phases)
+    return EngineInfo(
+        **values,
+        generation_defaults=GenerationDefaults(**defaults),
+        phases=phases,
+        pooling=_pooling_info_from_proto(proto.pooling),
+    )
+
+
+def _pooling_info_to_proto(info: PoolingInfo) -> Any:
+    proto = tokens_pb2.PoolingInfo(**{name: getattr(info, name) for name in _POOLING_INFO})
+    proto.prompts.extend(tokens_pb2.PoolingInfo.Prompt(name=name, text=text) for name, text in info.prompts)
+    return proto
+
+
+def _pooling_info_from_proto(proto: Any) -> PoolingInfo:
+    values: dict[str, Any] = {name: getattr(proto, name) for name in _POOLING_INFO}
+    values |= {name: tuple(values[name]) for name in ("dimensions", "labels")}
+    values["default_prompt"] = proto.default_prompt if proto.HasField("default_prompt") else None
+    return PoolingInfo(**values, prompts=tuple((prompt.name, prompt.text) for prompt in proto.prompts))
 
 
 def encode_status(status: ReplicaStatus) -> bytes:
@@ -335,5 +369,7 @@ def _rank_from_proto(proto: Any) -> RankStatus:
 
 _STATS = tuple(field.name for field in dataclasses.fields(EngineStats))
 _GENERATION_DEFAULTS = tuple(field.name for field in dataclasses.fields(GenerationDefaults))
-_NESTED = ("phases", "generation_defaults")
+_POOLING = tuple(field.name for field in dataclasses.fields(PoolingParams))
+_POOLING_INFO = tuple(field.name for field in dataclasses.fields(PoolingInfo) if field.name != "prompts")
+_NESTED = ("phases", "generation_defaults", "pooling")
 _INFO = tuple(field.name for field in dataclasses.fields(EngineInfo) if field.name not in _NESTED)

@@ -16,6 +16,7 @@ from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore, Process
 from octavo.engine.core.scheduler import Limits, Scheduler
 from octavo.engine.errors import ConfigError
+from octavo.engine.pooling.info import PoolingInfo
 from octavo.engine.types import EngineInfo
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def fake_runner(config: EngineConfig, info: EngineInfo, stages: int = 1) -> Fake
 
 def fake_info(config: EngineConfig) -> EngineInfo:
     """What an engine without a model is."""
+    from octavo.engine.runner.fake import FAKE_EMBEDDING
     from octavo.engine.text.byte_tokenizer import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -114,6 +116,7 @@ def fake_info(config: EngineConfig) -> EngineInfo:
         device="none",
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override or 16384,
+        pooling=PoolingInfo(embedding_size=FAKE_EMBEDDING),
     )
 
 
@@ -130,20 +133,24 @@ def assemble(config: EngineConfig, info: EngineInfo, process: Process) -> Engine
             f"Without chunked prefill, max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least "
             f"max_model_len ({info.max_model_len})."
         )
+    # Tokens of an encoder see those behind them: a prompt is computed whole, and its KV is not kept.
+    whole = not info.pooling.is_causal
+    most_tokens = max(config.max_num_batched_tokens, info.max_model_len) if whole else config.max_num_batched_tokens
     limits = Limits(
         block_size=info.block_size,
         max_model_len=info.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=most_tokens,
         vocab_size=info.vocab_size,
         eos_token_ids=info.eos_token_ids,
         max_num_queued_reqs=config.max_num_queued_reqs,
-        enable_chunked_prefill=config.enable_chunked_prefill,
+        enable_chunked_prefill=config.enable_chunked_prefill and not whole,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         scheduling_policy=config.scheduling_policy,
         stages=config.pipeline_parallel_size,
+        pooling=info.pooling,
     )
-    scheduler = Scheduler(limits, BlockPool(info.num_blocks, config.enable_prefix_caching))
+    scheduler = Scheduler(limits, BlockPool(info.num_blocks, config.enable_prefix_caching and not whole))
     # A pipeline is full with a step per stage; a single stage plans the next step while one runs.
     lag = max(1, config.pipeline_parallel_size - 1) if config.async_scheduling else 0
     return Engine(EngineCore(scheduler, process, time.monotonic, lag), info)

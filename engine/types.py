@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.info import GENERATES_ONLY, PoolingInfo
+from octavo.engine.pooling.params import PoolingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -32,6 +34,8 @@ class Request:
     `bad_words_token_ids` are the token sequences that `params.bad_words` stand for.
     `resume`: the sequences that run, each as if it had never stopped; empty = all n, from the start.
     `arrival_time` is seconds on the maker's monotonic clock; the core only subtracts it from its own clock's values.
+    `pooling`: nothing is generated; what is asked for is made of the prompt's hidden states. Resolved by whoever made
+    the request (PoolingInfo.resolve); of `params` nothing counts then, but that n is 1.
     """
 
     request_id: str
@@ -43,6 +47,7 @@ class Request:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     resume: tuple[Resumed, ...] = ()
     session_id: str | None = None  # the client's; for the router alone, replicas are not told
+    pooling: PoolingParams | None = None
 
     @property
     def sequences(self) -> tuple[Resumed, ...]:
@@ -81,8 +86,9 @@ class TokenDelta:
     `index` is the sequence's number within the request (0 … n-1). `token_ids` may be empty (an abort). When
     `finish_reason` is set, no further delta with that (request_id, index) follows. `stop_reason` is the stop token id
     that ended it (None for the model's own end token, as in vLLM). `prompt_logprobs` (first delta of index 0 only) has
-    one entry per prompt token, the first None. `error` explains finish_reason "error". `times` come with the request's
-    first token from this engine; deltas that say the same at other times are equal.
+    one entry per prompt token, the first None. `pooled`: float32 values, little-endian, of a request that asks for
+    them; they come once, with the finish reason "stop". `error` explains finish_reason "error". `times` come with the
+    request's first token from this engine, or what it pooled; deltas that say the same at other times are equal.
     """
 
     request_id: str
@@ -95,6 +101,7 @@ class TokenDelta:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
     times: PhaseTimes | None = field(default=None, compare=False)
+    pooled: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,7 @@ class EngineInfo:
     phases: tuple[tuple[str, float], ...] = ()
     quantization: str = "none"
     batch_invariant: bool = False
+    pooling: PoolingInfo = GENERATES_ONLY
 
 
 @dataclass(slots=True)

@@ -105,6 +105,7 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
         prompt_logprobs=first.prompt_logprobs,
         error=last.error,
         times=first.times,
+        pooled=last.pooled,
     )
 
 

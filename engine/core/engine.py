@@ -106,10 +106,10 @@ class EngineCore:
         return self.process.ranks()
 
     def _timed(self, delta: TokenDelta) -> TokenDelta:
-        """`delta`, its request's first, with what it says of the time until then, if it has a token."""
+        """`delta`, its request's first, with what it says of the time until then, if it has a token or is pooled."""
         queued_at, now = self._queued_at.pop(delta.request_id), self._last_step_at
         started_at = self._started_at.pop(delta.request_id, now)
-        if not delta.token_ids:
+        if not delta.token_ids and delta.pooled is None:
             return delta
         self._first_tokens += 1
         self._first_token_s += now - queued_at

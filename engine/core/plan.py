@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.types import TokenLogprobs
 
 
@@ -27,6 +28,7 @@ class NewSequence:
     which others have computed; `table_edits` of the same plan append to it.
     `seed`: 64-bit key of its draws, already unique to the sequence. `stop_token_ids`: every token that would end it
     (the model's end tokens unless ignored, and the request's), masked by the sampler until `params.min_tokens` are out.
+    `pooling`: no token is ever drawn; the row that reaches the end of the prompt brings the pooled vector instead.
     """
 
     slot: int
@@ -37,6 +39,7 @@ class NewSequence:
     blocks: tuple[int, ...]
     stop_token_ids: tuple[int, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    pooling: PoolingParams | None = None
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -61,7 +64,8 @@ class StepPlan:
     """One step, as every rank of the replica executes it, in the order of the fields.
 
     `released`: slots whose sequence left. `new`: sequences entering slots. `known`: (slot, position, token) of tokens
-    that another stage of the pipeline drew and the rows start from; none with one stage. `table_edits`: (slot, index,
+    that the rows start from and that were not drawn here: by another stage of the pipeline, or chosen by a beam search
+    in place of what was drawn. `table_edits`: (slot, index,
     block) sets one block table entry. `copies`: (source, destination) blocks, copied in all layers before the forward
     (copy-on-write). `rows`: in the order of the policy, at most one per slot; results come back in the same order.
     """
@@ -83,13 +87,14 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     """What one row brought: 0, 1 or n tokens, with a TokenLogprobs per token where they were asked for.
 
     `prompt_logprobs[i]` belongs to the prompt token at position row.start + 1 + i. `error`: no token could be drawn
-    (the model's logits are not finite); the sequence ends with it.
+    (the model's logits are not finite); the sequence ends with it. `pooled`: as TokenDelta has it.
     """
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    pooled: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

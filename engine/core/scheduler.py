@@ -14,8 +14,9 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from octavo.engine.core.beams import BeamGroup
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.budgets import Budget
 from octavo.engine.core.plan import NewSequence, Row, RowResult, StepPlan, StepResult
@@ -24,15 +25,18 @@ from octavo.engine.core.queue import WaitingQueue
 from octavo.engine.core.seeds import sequence_seed
 from octavo.engine.core.sequence import Sequence, State
 from octavo.engine.errors import CapacityError, RequestError
-from octavo.engine.params import MAX_LOGPROBS
-from octavo.engine.types import EngineStats, FinishReason, Request, TokenDelta
+from octavo.engine.params import MAX_LOGPROBS, SamplingParams
+from octavo.engine.pooling.info import GENERATES_ONLY, PoolingInfo
+from octavo.engine.pooling.params import PoolingParams
+from octavo.engine.types import EngineStats, FinishReason, Request, Resumed, TokenDelta, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What the scheduler must know of the model and the configuration (see EngineConfig for the meaning).
 
-    stages: of the pipeline; as many steps should be in flight at a time.
+    stages: of the pipeline; as many steps should be in flight at a time. pooling: what becomes of prompts that are not
+    gone on with.
     """
 
     block_size: int
@@ -46,6 +50,7 @@ class Limits:
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
     stages: int = 1
+    pooling: PoolingInfo = GENERATES_ONLY
 
 
 @dataclass(slots=True)
@@ -71,6 +76,7 @@ class Scheduler:
         self.admitted: list[str] = []  # requests of which the newest plan has the first row
         self._waiting = WaitingQueue()
         self._requests: dict[str, list[Sequence]] = {}
+        self._groups: dict[str, BeamGroup] = {}  # of the requests that are beam searches
         self._launched: deque[_Draft] = deque()
         self._key = policy(limits.scheduling_policy)
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -92,9 +98,12 @@ class Scheduler:
         """
         self.check(request)
         self.check_room()
+        if request.params.beams is not None:
+            self._add_beams(request)
+            return []
         live: list[Sequence] = []
         ended: list[TokenDelta] = []
-        for sequence in self._sequences_of(request):
+        for sequence in self._sequences_of(request, request.sequences):
             reason, stop_reason = self._end_of(sequence) if sequence.num_output else (None, None)
             if reason is None:
                 sequence.join(live)
@@ -108,19 +117,34 @@ class Scheduler:
             self._waiting.push(live[0])
         return ended
 
-    def _sequences_of(self, request: Request) -> Iterator[Sequence]:
+    def _add_beams(self, request: Request) -> None:
+        """A search has as many members as it is wide; the first computes the prompt. What another engine had of it is
+        of no use: a search is deterministic, and nothing of it is told before its end."""
+        assert request.params.beams is not None
+        members = list(self._sequences_of(request, tuple(map(Resumed, range(request.params.beams.width)))))
+        self._groups[request.request_id] = BeamGroup(request, members, self.limits.eos_token_ids)
+        self._requests[request.request_id] = members
+        for member in members[1:]:
+            member.state, member.admitted = State.PARKED, True
+        self._count_waiting(members[0], +1)
+        self._waiting.push(members[0])
+
+    def _sequences_of(self, request: Request, wanted_ones: Seq[Resumed]) -> Iterator[Sequence]:
         params = request.params
-        stops = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            stops.update(self.limits.eos_token_ids)
+        stops = self._stops_of(params)
         num_prompt = len(request.prompt_token_ids)
         longest = self.limits.max_model_len
         max_total = longest if params.max_tokens is None else min(longest, num_prompt + params.max_tokens)
-        for wanted in request.sequences:
+        if request.pooling is not None:
+            max_total = num_prompt + 1  # of which the last is never drawn
+        for wanted in wanted_ones:
             self._order += 1
             key = self._key(request.priority, self._step, self._order)
             seed = sequence_seed(params.seed or 0, wanted.index)
-            yield Sequence(request, wanted, key, seed, max_total, frozenset(stops))
+            yield Sequence(request, wanted, key, seed, max_total, stops)
+
+    def _stops_of(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.limits.eos_token_ids)))
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request can never run here."""
@@ -129,6 +153,11 @@ class Scheduler:
             raise RequestError(f"request_id {request.request_id!r} is in use by a running request.", "request_id")
         if not prompt:
             raise RequestError("The prompt is empty: at least one token is needed.", "prompt")
+        if request.pooling is not None:
+            self._check_pooling(request, request.pooling)
+            return
+        if not limits.pooling.generates:
+            raise RequestError("This model generates no text: it makes embeddings, scores or classes.", "model")
         if len(prompt) >= limits.max_model_len:
             raise RequestError(
                 f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len} "
@@ -144,10 +173,26 @@ class Scheduler:
         if len(set(indices)) < len(indices) or any(not 0 <= index < params.n for index in indices):
             raise RequestError(f"resume must name sequences 0 … {params.n - 1}, each once.", "resume")
         params.check_vocab(limits.vocab_size)
+        if params.beams is not None and params.beams.width > limits.vocab_size - len(self._stops_of(params)):
+            raise RequestError(f"The model has no {params.beams.width} tokens for as many beams to go on with.", "n")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and value > MAX_LOGPROBS:
                 raise RequestError(f"{name} must be at most {MAX_LOGPROBS} (or -1 for all), got {value}.", name)
+
+    def _check_pooling(self, request: Request, pooling: PoolingParams) -> None:
+        limits, prompt = self.limits, request.prompt_token_ids
+        if len(prompt) > limits.max_model_len:
+            raise RequestError(
+                f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len}.", "prompt"
+            )
+        known = limits.vocab_size * limits.pooling.pair_types
+        if min(prompt) < 0 or max(prompt) >= known:
+            raise RequestError(f"The prompt has a token id outside of 0 … {known - 1}.", "prompt")
+        if request.params.n != 1 or request.resume not in ((), (Resumed(0),)):
+            raise RequestError("A prompt is pooled once: n must be 1.", "n")
+        if limits.pooling.resolve(pooling) != pooling:
+            raise RequestError("The pooling parameters are not resolved.", "pooling")
 
     def check_room(self, on_the_way: int = 0) -> None:
         """Raise CapacityError if the queue is full, with requests that are `on_the_way`. An idle engine has room."""
@@ -162,9 +207,10 @@ class Scheduler:
     def abort(self, request_id: str) -> list[TokenDelta]:
         """End all sequences of a request; their blocks are free at once. Unknown ids are ignored."""
         return [
-            self._finished_delta(sequence, "abort")
+            delta
             for sequence in list(self._requests.get(request_id, ()))
             if sequence.state is not State.FINISHED
+            for delta in self._finished(sequence, "abort")
         ]
 
     @property
@@ -192,6 +238,10 @@ class Scheduler:
         draft = _Draft(self._step)
         tokens = Budget(self.limits.max_num_batched_tokens)
         if not self._continue_running(draft, tokens):
+            self._admit_waiting(draft, tokens)
+        while not draft.rows and not self._launched and self._num_waiting and self.running:
+            # Only beams can stand still: they wait for others of their group that find no room. The last gives way.
+            self._preempt(self.running.pop())
             self._admit_waiting(draft, tokens)
         if not draft.rows:
             return None
@@ -231,6 +281,9 @@ class Scheduler:
                 if victim is sequence:
                     count = 0
             if count:
+                if sequence.is_forked:
+                    self._released.append(sequence.slot)
+                    self._enter(sequence, draft)
                 self._add_row(sequence, count, draft, tokens)
         return preempted
 
@@ -294,25 +347,33 @@ class Scheduler:
                 self._counters["prompt_tokens"] += sequence.num_prompt
         extended = self._extend(sequence, count, draft)
         assert extended, f"{wanted} blocks were promised of {self.pool.available}"
-        sequence.num_told = known
+        self._enter(sequence, draft)
+        self._add_row(sequence, count, draft, tokens)
+        return True
+
+    def _enter(self, sequence: Sequence, draft: _Draft) -> None:
+        """Tell the ranks what is in the sequence's slot from now on."""
+        sequence.num_told = len(sequence.tokens)
+        sequence.is_forked = False
         draft.new.append(
             NewSequence(
                 slot=sequence.slot,
                 token_ids=tuple(sequence.tokens),
                 num_prompt=sequence.num_prompt,
-                params=sequence.request.params,
+                params=sequence.params,
                 seed=sequence.seed,
-                blocks=tuple(shared),
+                blocks=tuple(sequence.blocks),
                 stop_token_ids=tuple(sorted(sequence.stop_token_ids)),
                 bad_words_token_ids=sequence.request.bad_words_token_ids,
+                pooling=sequence.request.pooling,
             )
         )
-        self._add_row(sequence, count, draft, tokens)
-        return True
 
     def _existing_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
         """Blocks that hold the KV of the sequence's beginning, and how many positions that is."""
         leader = sequence.leader
+        if sequence.is_beam and leader is not None and leader.blocks and leader.num_computed >= sequence.num_shared:
+            return leader.blocks[: self._blocks_for(sequence.num_shared)], sequence.num_shared
         prompt_is_there = leader is not None and len(leader.blocks) > 0 and leader.num_computed >= leader.num_prompt
         if leader is not None and prompt_is_there and sequence.num_output == 0:
             return leader.blocks[: self._blocks_for(leader.num_prompt)], leader.num_prompt
@@ -328,7 +389,7 @@ class Scheduler:
     def _add_row(self, sequence: Sequence, count: int, draft: _Draft, tokens: Budget) -> None:
         tokens.take(count)
         start = sequence.num_computed
-        samples = start + count == sequence.num_total
+        samples = start + count == sequence.num_total and sequence.request.pooling is None
         wants_prompt = sequence.prompt_logprobs is not None and start < sequence.num_prompt - 1
         draft.rows.append(
             Row(
@@ -341,7 +402,7 @@ class Scheduler:
             )
         )
         draft.sequences.append(sequence)
-        if self.limits.stages > 1:
+        if self.limits.stages > 1 or sequence.is_beam:
             told = range(sequence.num_told, len(sequence.tokens))
             draft.known.extend((sequence.slot, position, sequence.tokens[position]) for position in told)
             sequence.num_told = len(sequence.tokens)
@@ -381,8 +442,15 @@ class Scheduler:
         """Take a running sequence's blocks and slot; it waits again, in its old place, and recomputes."""
         self._give_back(sequence)
         sequence.reset()
-        self._count_waiting(sequence, +1)
         self._counters["preemptions"] += 1
+        if sequence.is_beam and self._groups[sequence.request.request_id].has_scores(sequence):
+            sequence.state = State.PARKED
+        else:
+            self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
+        self._count_waiting(sequence, +1)
         self._waiting.push(sequence)
 
     # ── a result comes in ─────────────────────────────────────────────────────────────────────────────────────────
@@ -402,7 +470,11 @@ class Scheduler:
                 at = row.start + 1
                 sequence.prompt_logprobs[at : at + len(got.prompt_logprobs)] = got.prompt_logprobs
             if got.error is not None:
-                deltas.append(self._finished_delta(sequence, "error", error=got.error))
+                deltas.extend(self._finished(sequence, "error", error=got.error))
+            elif sequence.is_beam and got.token_ids:
+                deltas.extend(self._take_scores(sequence, got.logprobs[0]))
+            elif got.pooled is not None:
+                deltas.append(replace(self._finished_delta(sequence, "stop"), pooled=got.pooled))
             elif got.token_ids:
                 deltas.append(self._take_tokens(sequence, got))
         return deltas
@@ -412,9 +484,10 @@ class Scheduler:
         draft = self._launched.popleft()
         self.pool.forget_names()  # blocks were named when they were planned, and may hold anything now
         return [
-            self._finished_delta(sequence, "error", error=message)
+            delta
             for sequence in draft.sequences
             if sequence.state is not State.FINISHED
+            for delta in self._finished(sequence, "error", error=message)
         ]
 
     def _take_tokens(self, sequence: Sequence, got: RowResult) -> TokenDelta:
@@ -453,6 +526,14 @@ class Scheduler:
             return "stop", token if own_stop else None
         return ("length" if len(sequence.tokens) >= sequence.max_total else None), None
 
+    def _finished(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
+        """End a sequence; of a beam search, all of it."""
+        if sequence.is_beam:
+            group = self._groups[sequence.request.request_id]
+            self._end_group(group, reason)
+            return group.ends(reason, error)
+        return [self._finished_delta(sequence, reason, error)]
+
     def _finished_delta(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> TokenDelta:
         self._finish(sequence, reason)
         return TokenDelta(
@@ -463,6 +544,65 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached,
             error=error,
         )
+
+    # ── beam search ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _take_scores(self, member: Sequence, scores: TokenLogprobs) -> list[TokenDelta]:
+        """The scores of a beam's next token came; with the last ones of its group, all its beams go on."""
+        if member.state is State.WAITING:  # it was preempted meanwhile
+            member.state = State.PARKED
+            self._count_waiting(member, -1)
+        group = self._groups[member.request.request_id]
+        if not group.take(member, scores):
+            return []
+        keepers, takers, idle = group.advance()
+        if group.search.done:
+            deltas = group.deltas()
+            self._counters["generation_tokens"] += sum(len(delta.token_ids) for delta in deltas)
+            self._end_group(group, "stop")
+            return deltas
+        for move in takers:  # first: what they copy is the parent without its next token
+            self._fork(move.member, move.parent, move.token)
+        for move in keepers:
+            move.member.tokens.append(move.token)
+            if move.member.state is State.PARKED:
+                self._wait(move.member)
+            else:
+                self._name_blocks(move.member)
+        for member in idle:
+            if member.state is State.RUNNING:
+                self._preempt_idle(member)
+        return []
+
+    def _fork(self, member: Sequence, parent: Sequence, token: int) -> None:
+        size, known = self.limits.block_size, len(parent.tokens)
+        member.fork(parent, token)
+        if parent.blocks and member.state is State.RUNNING:
+            shared = parent.blocks[: self._blocks_for(known)]
+            self.pool.share(shared)
+            self.pool.release(member.blocks)
+            member.share(shared, known, known // size)
+            return
+        if member.state is State.RUNNING:
+            self._preempt_idle(member)
+        member.leader, member.num_shared = parent, known
+        self._wait(member)
+
+    def _preempt_idle(self, member: Sequence) -> None:
+        self.running.remove(member)
+        self._give_back(member)
+        member.reset()
+        member.state = State.PARKED
+
+    def _end_group(self, group: BeamGroup, reason: FinishReason) -> None:
+        for member in group.members:
+            if member.state is State.PARKED:
+                member.state, member.finish_reason = State.FINISHED, reason
+            elif member.state is not State.FINISHED:
+                self._finish(member, reason)
+        request_id = group.members[0].request.request_id
+        self._requests.pop(request_id, None)
+        self._groups.pop(request_id, None)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.state is State.RUNNING:

@@ -16,6 +16,7 @@ from octavo.engine.types import FinishReason, Request, Resumed, TokenLogprobs
 
 class State(Enum):
     HELD_BACK = "held back"  # a further sample of a request whose prompt is not computed yet
+    PARKED = "parked"  # a beam that has nothing to compute, and no blocks (beams.py)
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -28,7 +29,12 @@ class Sequence:
     blocks:     block table; covers num_computed positions, never a whole block more
     names:      names of the leading full blocks whose tokens are known
     slot:       place in the ranks' buffers while running, else -1
-    leader:     the first sample of the request, whose prompt blocks this one may share; None for that sample itself
+    leader:     the first sample of the request, whose prompt blocks this one may share; None for that sample itself.
+                Of a beam that is to enter: the one it was forked from
+    num_shared: of a beam: positions that it has in common with its leader
+    params:     what the ranks draw by
+    is_beam:    its tokens are chosen by the search of its group, so it takes no step while one is pending
+    is_forked:  of a running beam: its slot is to be entered anew, with the tokens and blocks of another
     held_back:  of a leader: the samples that wait until its prompt is computed
     num_told:   tokens of its slot that every stage of the pipeline has; not kept with one stage
     planned_at: number of the newest step with a row of it
@@ -43,6 +49,8 @@ class Sequence:
         "finish_reason",
         "held_back",
         "index",
+        "is_beam",
+        "is_forked",
         "key",
         "kv_from",
         "leader",
@@ -53,7 +61,9 @@ class Sequence:
         "num_given",
         "num_pending",
         "num_prompt",
+        "num_shared",
         "num_told",
+        "params",
         "planned_at",
         "prompt_logprobs",
         "request",
@@ -79,6 +89,9 @@ class Sequence:
         self.seed = seed
         self.max_total = max_total
         self.stop_token_ids = stop_token_ids
+        self.params = request.params
+        self.is_beam = self.is_forked = False
+        self.num_shared = 0
         self.leader: Sequence | None = None
         self.held_back: list[Sequence] = []
         self.state = State.WAITING
@@ -120,11 +133,25 @@ class Sequence:
     @property
     def wants_step(self) -> bool:
         """Whether another position can be computed. At max_total the last token is drawn already, known or pending."""
-        return self.num_computed < self.num_total < self.max_total
+        return self.num_computed < self.num_total < self.max_total and not (self.is_beam and self.num_pending)
+
+    def fork(self, parent: Sequence, token: int) -> None:
+        """Become what the beam `parent` is, behind which `token` follows; blocks are the caller's business."""
+        self.tokens = [*parent.tokens, token]
+        self.names = list(parent.names)
+
+    def share(self, blocks: list[int], num_kv: int, num_shared_full: int) -> None:
+        """A running beam that has forked from another goes on with that one's blocks, in its own slot."""
+        self.enter(blocks, num_kv, num_shared_full)
+        self.is_forked = True
 
     @property
     def reads_cache(self) -> bool:
-        """Whether prefix hits may be used. Log probabilities of the prompt need its hidden states, so not for them."""
+        """Whether prefix hits may be used. Log probabilities of the prompt need its hidden states, so not for them; nor
+        do most ways of pooling."""
+        pooling = self.request.pooling
+        if pooling is not None:
+            return pooling.reads_cache
         skip = self.request.params.skip_reading_prefix_cache
         if skip is None:
             skip = self.prompt_logprobs is not None and self.num_output == 0
@@ -152,6 +179,7 @@ class Sequence:
         The newest token is always computed, even when its KV is there: its logits are needed.
         """
         self.blocks = blocks
+        self.is_forked = False
         self.kv_from = num_kv
         self.num_computed = min(num_kv, len(self.tokens) - 1)
         self._named = num_shared_full
@@ -162,6 +190,7 @@ class Sequence:
         self.blocks = []
         self.num_computed = 0
         self.kv_from = 0
+        self.is_forked = False
         self._named = 0
         self.slot = -1
         self.state = State.WAITING

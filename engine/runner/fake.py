@@ -9,17 +9,20 @@ AssertionError, not as noise.
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.errors import ConfigError
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.types import RankStatus, TokenLogprobs
 
 _MASK = (1 << 64) - 1
+FAKE_EMBEDDING = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ class _Slot:
     seed: int
     num_prompt: int
     stop_token_ids: tuple[int, ...]
+    pooling: PoolingParams | None = None
+    seen: set[int] = field(default_factory=set)  # positions computed here, for pooling
 
 
 class FakeRunner:
@@ -147,11 +152,12 @@ class FakeRunner:
                 seed=new.seed,
                 num_prompt=new.num_prompt,
                 stop_token_ids=new.stop_token_ids,
+                pooling=new.pooling,
             )
         for slot, position, token in plan.known:
             tokens = self._slots[slot].tokens
-            assert position == len(tokens), f"slot {slot}: a token for {position}, but {len(tokens)} are here"
-            tokens.append(token)
+            assert position <= len(tokens), f"slot {slot}: a token for {position}, but {len(tokens)} are here"
+            tokens[position:] = [token]  # in place of the one drawn here, if any: a beam's is chosen elsewhere
         for slot, index, block in plan.table_edits:
             table = self._slots[slot].table
             table[index : index + 1] = [block]
@@ -185,6 +191,9 @@ class FakeRunner:
         if row.prompt_logprobs is not None:
             last = min(end, slot.num_prompt - 1)
             prompt = tuple(_logprobs(slot.tokens[p + 1], row.prompt_logprobs) for p in range(row.start, last))
+        if slot.pooling is not None:
+            slot.seen.update(range(row.start, end))
+            return RowResult(pooled=_pool(slot)) if end == slot.num_prompt else RowResult()
         if not row.samples:
             return RowResult(prompt_logprobs=prompt)
         key = slot.states[end - 1] if slot.params.greedy else mix(slot.states[end - 1], slot.seed)
@@ -198,6 +207,21 @@ class FakeRunner:
         wanted = slot.params.logprobs
         logprobs = () if wanted is None else (_logprobs(token, wanted),)
         return RowResult((token,), logprobs, prompt)
+
+
+def _pool(slot: _Slot) -> bytes:
+    """Made-up numbers, a function of the pooled positions and all before them. They were all computed in this slot."""
+    assert slot.pooling is not None
+    kind, last = slot.pooling.pooling_type, slot.num_prompt - 1
+    wanted = {"last": {last}, "cls": {0}, "mean": set(range(slot.num_prompt))}[kind or "last"]
+    assert wanted <= slot.seen, f"{kind} needs positions that were never computed: {sorted(wanted - slot.seen)}"
+    state = 0
+    for position in sorted(wanted):
+        state = mix(slot.states[position], state & 0xFFFF)
+    values = [((state >> (8 * i)) & 0xFF) / 255 - 0.5 for i in range(FAKE_EMBEDDING)]
+    length = sum(value * value for value in values) ** 0.5 if slot.pooling.normalize else 1.0
+    size = slot.pooling.dimensions or FAKE_EMBEDDING
+    return struct.pack(f"<{size}f", *(value / (length or 1.0) for value in values[:size]))
 
 
 def _logprobs(token: int, count: int) -> TokenLogprobs:

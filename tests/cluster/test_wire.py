@@ -13,6 +13,8 @@ from octavo.cluster import wire
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.info import PoolingInfo
+from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.types import (
     EngineInfo,
     EngineStats,
@@ -67,6 +69,16 @@ requests = st.builds(
     arrival_time=st.just(7.0),
     bad_words_token_ids=st.lists(tokens, max_size=3).map(tuple),
     resume=st.lists(st.builds(Resumed, st.integers(0, 4), tokens), max_size=3).map(tuple),
+    pooling=st.none()
+    | st.builds(
+        PoolingParams,
+        task=st.sampled_from(["embed", "classify"]),
+        pooling_type=st.sampled_from([None, "last", "mean", "cls"]),
+        normalize=st.none() | st.booleans(),
+        dimensions=st.none() | st.integers(1, 10_000),
+        use_activation=st.none() | st.booleans(),
+        skip_reading_prefix_cache=st.none() | st.booleans(),
+    ),
 )
 logprobs = st.builds(
     TokenLogprobs,
@@ -85,6 +97,7 @@ deltas = st.builds(
     num_cached_tokens=counts,
     prompt_logprobs=st.none() | st.lists(st.none() | logprobs, max_size=3).map(tuple),
     error=st.none() | words,
+    pooled=st.none() | st.binary(max_size=16),
 )
 
 
@@ -141,6 +154,21 @@ def test_stats_and_info_round_trip():
     assert wire.stats_from_proto(through(wire.stats_to_proto(stats))) == stats
     info = EngineInfo("m", 4096, 258, (256, 257), "float32", "cpu", 16, 99, GenerationDefaults(0.0, 0.9, top_k=5))
     info = dataclasses.replace(info, phases=(("weights", 1.5), ("kv", 0.25)), quantization="int8", batch_invariant=True)
+    assert wire.info_from_proto(through(wire.info_to_proto(info))) == info
+    pooling = PoolingInfo(
+        generates=False,
+        is_causal=False,
+        embedding_size=384,
+        pooling_type="mean",
+        normalize=False,
+        is_matryoshka=True,
+        dimensions=(64, 128),
+        labels=("no", "yes"),
+        pair_types=2,
+        prompts=(("query", "search: "),),
+        default_prompt="query",
+    )
+    info = dataclasses.replace(info, pooling=pooling)
     assert wire.info_from_proto(through(wire.info_to_proto(info))) == info
 
 

@@ -54,7 +54,7 @@ class StreamEnd(_message.Message):
     def __init__(self) -> None: ...
 
 class TokenDelta(_message.Message):
-    __slots__ = ("stream_id", "index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stop_string", "num_cached_tokens", "prompt_logprobs", "error", "times")
+    __slots__ = ("stream_id", "index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stop_string", "num_cached_tokens", "prompt_logprobs", "error", "times", "pooled")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class TokenDelta(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     stream_id: int
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -77,7 +78,8 @@ class TokenDelta(_message.Message):
     prompt_logprobs: PromptLogprobs
     error: str
     times: PhaseTimes
-    def __init__(self, stream_id: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error: _Optional[str] = ..., times: _Optional[_Union[PhaseTimes, _Mapping]] = ...) -> None: ...
+    pooled: bytes
+    def __init__(self, stream_id: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error: _Optional[str] = ..., times: _Optional[_Union[PhaseTimes, _Mapping]] = ..., pooled: _Optional[bytes] = ...) -> None: ...
 
 class PhaseTimes(_message.Message):
     __slots__ = ("queue_s", "prefill_s")
@@ -178,7 +180,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., stage: _Optional[int] = ..., tp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., gpu: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant")
+    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant", "pooling")
     class GenerationDefaults(_message.Message):
         __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
         TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +215,7 @@ class EngineInfo(_message.Message):
     GENERATION_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -225,10 +228,44 @@ class EngineInfo(_message.Message):
     generation_defaults: EngineInfo.GenerationDefaults
     quantization: str
     batch_invariant: bool
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ..., quantization: _Optional[str] = ..., batch_invariant: _Optional[bool] = ...) -> None: ...
+    pooling: PoolingInfo
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ..., quantization: _Optional[str] = ..., batch_invariant: _Optional[bool] = ..., pooling: _Optional[_Union[PoolingInfo, _Mapping]] = ...) -> None: ...
+
+class PoolingInfo(_message.Message):
+    __slots__ = ("generates", "is_causal", "embedding_size", "pooling_type", "normalize", "is_matryoshka", "dimensions", "labels", "pair_types", "prompts", "default_prompt")
+    class Prompt(_message.Message):
+        __slots__ = ("name", "text")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        TEXT_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        text: str
+        def __init__(self, name: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+    GENERATES_FIELD_NUMBER: _ClassVar[int]
+    IS_CAUSAL_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_SIZE_FIELD_NUMBER: _ClassVar[int]
+    POOLING_TYPE_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    IS_MATRYOSHKA_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    PAIR_TYPES_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    generates: bool
+    is_causal: bool
+    embedding_size: int
+    pooling_type: str
+    normalize: bool
+    is_matryoshka: bool
+    dimensions: _containers.RepeatedScalarFieldContainer[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    pair_types: int
+    prompts: _containers.RepeatedCompositeFieldContainer[PoolingInfo.Prompt]
+    default_prompt: str
+    def __init__(self, generates: _Optional[bool] = ..., is_causal: _Optional[bool] = ..., embedding_size: _Optional[int] = ..., pooling_type: _Optional[str] = ..., normalize: _Optional[bool] = ..., is_matryoshka: _Optional[bool] = ..., dimensions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., pair_types: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PoolingInfo.Prompt, _Mapping]]] = ..., default_prompt: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids", "resume")
+    __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids", "resume", "pooling")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +273,7 @@ class Request(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     BAD_WORDS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     params: _sampling_pb2.SamplingParams
@@ -243,7 +281,24 @@ class Request(_message.Message):
     cache_salt: str
     bad_words_token_ids: _containers.RepeatedCompositeFieldContainer[Tokens]
     resume: _containers.RepeatedCompositeFieldContainer[Resumed]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., bad_words_token_ids: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., resume: _Optional[_Iterable[_Union[Resumed, _Mapping]]] = ...) -> None: ...
+    pooling: PoolingParams
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., bad_words_token_ids: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., resume: _Optional[_Iterable[_Union[Resumed, _Mapping]]] = ..., pooling: _Optional[_Union[PoolingParams, _Mapping]] = ...) -> None: ...
+
+class PoolingParams(_message.Message):
+    __slots__ = ("task", "pooling_type", "normalize", "dimensions", "use_activation", "skip_reading_prefix_cache")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    POOLING_TYPE_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    USE_ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    SKIP_READING_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    pooling_type: str
+    normalize: bool
+    dimensions: int
+    use_activation: bool
+    skip_reading_prefix_cache: bool
+    def __init__(self, task: _Optional[str] = ..., pooling_type: _Optional[str] = ..., normalize: _Optional[bool] = ..., dimensions: _Optional[int] = ..., use_activation: _Optional[bool] = ..., skip_reading_prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("index", "token_ids")
