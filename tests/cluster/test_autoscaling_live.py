@@ -11,6 +11,8 @@ from ray import serve
 from octavo.cluster.app import APP, build_app
 from octavo.cluster.machine import free_ports
 
+pytestmark = pytest.mark.live
+
 ARGS = {
     "model": "fake:step_ms=20",
     "num_cpus": 0.1,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.live
+
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 

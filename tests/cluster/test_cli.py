@@ -19,6 +19,8 @@ from octavo.cluster.flags import FLAGS, merge
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 
+pytestmark = pytest.mark.live
+
 OCTAVO = [sys.executable, "-m", "octavo.cluster.cli"]
 ENV = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
 NOTHING = {flag.key: None for flag in FLAGS}

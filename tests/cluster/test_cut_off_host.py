@@ -9,7 +9,7 @@ import pytest
 from hosts import ENVIRONMENT, Hosts, allowed
 
 SCENARIO = Path(__file__).with_name("scenario_cut_off.py")
-pytestmark = pytest.mark.skipif(not allowed(), reason="needs root and network namespaces (Linux)")
+pytestmark = [pytest.mark.live, pytest.mark.skipif(not allowed(), reason="needs root and network namespaces (Linux)")]
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from octavo.cluster.rollout_checks import check, check_here, own_part, read_depl
 from octavo.cluster.routing import client as routing_client
 from octavo.engine.errors import ConfigError
 
+pytestmark = pytest.mark.live
+
 LONG, SHORT = 3500, 20
 
 

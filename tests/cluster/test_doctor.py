@@ -35,6 +35,8 @@ from octavo.cluster.doctor.verdicts import GIB, Verdict
 from octavo.cluster.machine import free_ports
 from octavo.engine.parallel.connect import HostedRendezvous
 
+pytestmark = pytest.mark.live
+
 VERSIONS = (("python", "3.11.7"), ("octavo", "0.1.0"), ("ray", "2.60.0"), ("torch", "2.13.0"), ("transformers", "5"))
 IDS = ("a" * 56, "b" * 56, "c" * 56)
 MODEL = ModelFiles("/models/m", 3, 5 * GIB, "d1")

@@ -20,6 +20,8 @@ from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
+pytestmark = pytest.mark.live
+
 ENGINE = "engine-fake"
 ARGS = {"model": "fake", "engine": {"max_num_seqs": 2, "max_num_queued_reqs": 3}, "drain_timeout_s": 5}
 TARGET: list[str] = []  # gRPC's, once there is one

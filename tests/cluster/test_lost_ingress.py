@@ -13,6 +13,8 @@ from fakes import fake_replica, request, until
 from octavo.cluster import wire
 from octavo.cluster.ingress.client import ReplicaLost
 
+pytestmark = pytest.mark.live
+
 INGRESS = """
 import asyncio, json
 from octavo.cluster.token_receiver import TokenReceiver

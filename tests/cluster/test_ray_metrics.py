@@ -13,6 +13,8 @@ from octavo.cluster.observability.ray_metrics import RayMetrics
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import EngineStats
 
+pytestmark = pytest.mark.live
+
 ENGINES = {"r-1": EngineStats(num_running=2, steps=7), "r-2": EngineStats(kv_blocks_total=4, kv_blocks_held=1)}
 
 

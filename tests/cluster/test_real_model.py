@@ -15,6 +15,8 @@ import pytest
 from octavo.cluster import machine
 from octavo.engine import LLM, SamplingParams
 
+pytestmark = pytest.mark.live
+
 TEXTS = ["The capital of France is", "Water boils at", "Once upon a time", "1, 2, 3, 4,"]
 CHATS = ["What is the capital of France?", "Write one sentence about the sea."]
 OPTIONS = {"dtype": "float32", "max_model_len": 1024, "num_gpu_blocks_override": 512}

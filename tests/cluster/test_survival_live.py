@@ -26,6 +26,8 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
+pytestmark = pytest.mark.live
+
 ARGS = {"model": "fake", "num_replicas": 2, "num_cpus": 0, "drain_timeout_s": 2, "hang_timeout_s": 2}
 ENGINE = "engine-fake"
 LENGTH = 2000

@@ -10,6 +10,8 @@ from deployfiles import DEPLOY
 from ray import serve
 from ray.cluster_utils import Cluster
 
+pytestmark = pytest.mark.live
+
 CALL_S = 3.0
 
 

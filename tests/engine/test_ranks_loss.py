@@ -26,6 +26,8 @@ from octavo.engine.process import rank as rank_module
 from octavo.engine.process.ranks import Deadlines, Ranks
 from octavo.engine.types import Request
 
+pytestmark = pytest.mark.live
+
 LONG = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
 
 

@@ -23,6 +23,8 @@ from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import RankStatus, Request
 
+pytestmark = pytest.mark.live
+
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "models" / "tiny.py")
 tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny)

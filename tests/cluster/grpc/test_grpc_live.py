@@ -22,6 +22,8 @@ from octavo.cluster.client import AsyncClient, DeadlineExceeded, Unauthorized
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.protos.octavo.v1 import inference_pb2, inference_pb2_grpc
 
+pytestmark = pytest.mark.live
+
 KEY = {"Authorization": "Bearer key"}
 DEPLOYMENT = """
 api_key: [key]

@@ -23,6 +23,8 @@ from octavo.engine.core.prefix import Chain
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
+pytestmark = pytest.mark.live
+
 APP = "routing"
 BLOCKS = 200
 MODEL = ModelConfig.from_mapping(
