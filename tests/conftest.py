@@ -1,8 +1,12 @@
 """What all tests may ask for."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each: threads of several workers would wait for one another, spinning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
