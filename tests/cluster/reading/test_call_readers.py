@@ -1,5 +1,6 @@
 """Every notation of tool calls: what is written is what is read, however it is cut, and no text is ever lost."""
 
+import itertools
 import json
 
 import pytest
@@ -90,7 +91,7 @@ def plain(parts):
 def read(name, text, at=()):
     reader = CALL_FORMATS[name].reader(OFFER)
     bounds = [0, *sorted(min(cut, len(text)) for cut in at), len(text)]
-    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
     return [part for i, piece in enumerate(pieces) for part in reader.push(piece, i == len(pieces) - 1)]
 
 
