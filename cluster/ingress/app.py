@@ -30,16 +30,22 @@ from octavo.cluster.ingress.protocol import (
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
+    body_of,
     parse,
 )
+from octavo.cluster.ingress.responses.body import InputBody, Page, ResponsesBody
+from octavo.cluster.ingress.responses.endpoint import Responses
 from octavo.cluster.ingress.service import Service
 from octavo.cluster.ingress.visit import Visit
 from octavo.cluster.observability.metrics import CONTENT_TYPE, IngressMetrics, exposition
+from octavo.engine.errors import RequestError
 from octavo.engine.types import EngineStats
 
 BODIES: Mapping[str, type[Body]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/responses/input_tokens": InputBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -65,6 +71,7 @@ def create_app(services: Sequence[Service]) -> FastAPI:
             expose_headers=["x-request-id"],
         )
     _generation_paths(app, catalog)
+    _responses_paths(app, catalog, Responses(settings.max_stored_bytes))
     _token_paths(app, catalog)
     _model_paths(app, catalog)
     _operator_paths(app, catalog)
@@ -84,6 +91,41 @@ def _generation_paths(app: FastAPI, catalog: Catalog) -> None:
         """Answer a conversation (OpenAI's chat completions)."""
         body = await _read(ChatBody, request)
         return await endpoints.chat(catalog.find(body.model), body, _visit(request))
+
+
+def _responses_paths(app: FastAPI, catalog: Catalog, responses: Responses) -> None:
+    @app.post("/v1/responses")
+    async def create(request: Request) -> Response:
+        """Answer input items (OpenAI's responses)."""
+        body = await _read(ResponsesBody, request)
+        return await responses.create(catalog.find(body.model), body, _visit(request))
+
+    @app.post("/v1/responses/input_tokens")
+    async def input_tokens(request: Request) -> Response:
+        """How many tokens an input is."""
+        body = await _read(InputBody, request)
+        return _json(await responses.count(catalog.find(body.model), body))
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve(request: Request, response_id: str) -> Response:
+        """A response that is stored here."""
+        if request.query_params.get("stream", "false") != "false":
+            raise RequestError("A stored response cannot be streamed: stream must be left out.", "stream")
+        return _json(responses.get(response_id))
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        return _json(responses.delete(response_id))
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel(response_id: str) -> Response:
+        """Refused: no response is in the background."""
+        responses.cancel(response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(request: Request, response_id: str) -> Response:
+        """What a stored response answers."""
+        return _json(responses.inputs(response_id, body_of(Page, request.query_params)))
 
 
 def _token_paths(app: FastAPI, catalog: Catalog) -> None:

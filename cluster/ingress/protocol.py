@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, PrivateAttr, ValidationError
 
@@ -124,6 +124,8 @@ Texts = Annotated[list[str] | None, BeforeValidator(_one_as_list, json_schema_in
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+    not_yet: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = NOT_YET
+    without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT
 
     model: str | None = None
 
@@ -131,11 +133,11 @@ class Body(BaseModel):
         """Names of fields that no code reads. Raises RequestError for those that ask for what octavo cannot do yet."""
         unknown = []
         for name, value in (self.model_extra or {}).items():
-            if name in NOT_YET:
-                feature, neutral = NOT_YET[name]
+            if name in self.not_yet:
+                feature, neutral = self.not_yet[name]
                 if value not in neutral:
                     raise RequestError(f"{feature} is not supported yet: {name} must be left out.", name)
-            elif name not in WITHOUT_EFFECT:
+            elif name not in self.without_effect:
                 unknown.append(name)
         return unknown
 
@@ -149,14 +151,16 @@ class StreamOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Beyond:
-    """What a request may ask for that OpenAI's bodies have no field for: over gRPC, not over HTTP.
+    """What a request may ask for that OpenAI's completions have no field for, but gRPC and other vendors' bodies have.
 
-    fill_context: max_tokens is what the context has room for. The others: see SamplingParams.
+    fill_context: max_tokens is what the context has room for. within_context: it is at most that. The others: see
+    SamplingParams.
     """
 
     fill_context: bool = False
     detokenize: bool = True
     skip_reading_prefix_cache: bool | None = None
+    within_context: bool = False
 
 
 class GenerationBody(Body):
@@ -222,6 +226,13 @@ class CompletionBody(GenerationBody):
     suffix: str | None = None
 
 
+def text_of(content: str | list[Any] | None) -> str:
+    """A message's content as one text."""
+    if not isinstance(content, list):
+        return content or ""
+    return "\n".join(part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]] for part in content)
+
+
 class Message(BaseModel):
     """One turn. Further fields go to the chat template as they are."""
 
@@ -233,9 +244,7 @@ class Message(BaseModel):
     @property
     def text(self) -> str:
         """The content as one text."""
-        if not isinstance(self.content, list):
-            return self.content or ""
-        return "\n".join(part if isinstance(part, str) else part[TEXT_PARTS[part["type"]]] for part in self.content)
+        return text_of(self.content)
 
 
 class TemplateFields(Body):

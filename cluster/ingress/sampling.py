@@ -83,6 +83,8 @@ def _max_tokens(body: GenerationBody, defaults: GenerationDefaults, prompt_token
     if asked < 1:
         raise RequestError(f"{name} must be an integer of at least 1, got {asked}.", name)
     if asked > room:
+        if body.beyond.within_context:
+            return room
         raise RequestError(
             f"The context is {context} tokens long, but {prompt_tokens + asked} were asked for: {prompt_tokens} of the "
             f"prompt and {name} = {asked}.",

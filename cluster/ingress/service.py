@@ -145,6 +145,11 @@ class Service:
         prompt = await self.prompts.of_chat(body, body, info.max_model_len)
         return await self._generation(body, [prompt], answer_id, visit, info, structured=structured_of(body))
 
+    async def num_prompt_tokens(self, body: ChatBody) -> int:
+        """How long the prompt is that the model would get of the conversation."""
+        ids = await self.prompts.encode(await self.prompts.render(body), bool(body.add_special_tokens))
+        return len(ids)
+
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         info = await self.info()
         if (body.prompt is None) == (body.messages is None):

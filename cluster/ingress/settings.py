@@ -26,6 +26,7 @@ class IngressSettings:
         one, and whoever only looks is told that all is well.
     request_timeout_s: a request older than this ends with an error; None = no limit.
     early_errors_s: how long a stream's status line waits for the first token, so that a refusal can still be a 4xx.
+    max_stored_bytes: of responses kept for previous_response_id; 0 = none are.
     defaults: sampling values for requests that name none; None = what the model's authors recommend.
     chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own;
         off by default, as in vLLM, since a template is a program that can take any time.
@@ -47,6 +48,7 @@ class IngressSettings:
     start_timeout_s: float = 600.0
     request_timeout_s: float | None = None
     early_errors_s: float = 5.0
+    max_stored_bytes: int = 64 * MIB
     defaults: GenerationDefaults | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False
