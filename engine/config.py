@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from octavo.engine.errors import ConfigError
+from octavo.engine.pooling.config import PoolerConfig, parse_pooler_config
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 KVDType = Literal["auto", "float32", "bfloat16", "int8"]
@@ -45,6 +46,11 @@ class EngineConfig:
         any layout of ranks. The native CPU ops do so always within one layout; true = send more between ranks for the
         last, and refuse to start where it is not so.
     kernels: force one kernel body ("ref", "cpu"); None = the best available.
+    runner: pooling = serve the model for embeddings, scores or classes alone; generate = refuse one that cannot
+        generate; auto = what its files say it is made for.
+    convert: what else a model that generates is served for: auto and embed = its hidden states are embeddings, none =
+        nothing. classify = refuse one without classes.
+    pooler_config: JSON, changes how vectors are made: {"pooling_type": "MEAN", "normalize": true}. See PoolerConfig.
     """
 
     model: str = "smollm2-135m"
@@ -76,10 +82,18 @@ class EngineConfig:
     batch_invariant: bool = False
     kernels: str | None = None
     trust_remote_code: bool = False
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    convert: Literal["auto", "none", "embed", "classify"] = "auto"
+    pooler_config: str | None = None
 
     @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def pooler(self) -> PoolerConfig:
+        """What `pooler_config` says."""
+        return parse_pooler_config(self.pooler_config)
 
     @property
     def is_fake(self) -> bool:
@@ -101,6 +115,9 @@ class EngineConfig:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _one_of("quantization", self.quantization, get_args(Quantization))
+        _one_of("runner", self.runner, ("auto", "generate", "pooling"))
+        _one_of("convert", self.convert, ("auto", "none", "embed", "classify"))
+        parse_pooler_config(self.pooler_config)
         _one_of("load_format", self.load_format, ("auto", "dummy"))
         if self.block_size not in (8, 16, 32, 64, 128):
             raise ConfigError(f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}.")

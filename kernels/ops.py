@@ -88,6 +88,17 @@ class PagedAttention(Protocol):
         """
 
 
+class RowAttention(Protocol):
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: AttentionBatch, scale: float
+    ) -> torch.Tensor:
+        """Attention of every token over all tokens of its own row, before it and behind it: an encoder's.
+
+        query: [T, Hq, D]; key, value: [T, Hkv, D]; of the batch, query_start alone is read. Returns [T, Hq, D], dtype
+        of query. Query head h reads KV head h // (Hq // Hkv). A row's result does not depend on the other rows.
+        """
+
+
 class CopyBlocks(Protocol):
     def __call__(self, key_cache: torch.Tensor, value_cache: torch.Tensor, pairs: torch.Tensor) -> None:
         """Copy whole blocks. pairs: [N, 2] int64 (source, destination); no block is both. In place."""
@@ -198,6 +209,7 @@ class Ops:
 
     write_kv: WriteKV
     paged_attention: PagedAttention
+    row_attention: RowAttention
     copy_blocks: CopyBlocks
     rms_norm: RMSNorm
     add_rms_norm: AddRMSNorm

@@ -20,7 +20,7 @@ class BuildContext:
     that will be served, in tokens: positions are 0 … max_model_len - 1; None = the model's own limit (`build_model`
     fills it in). How matrices are kept and applied: linear_method those of linear layers, head_method the head's and a
     table tied to it, table_method other tables. whole_products: layers after a cut one do not add up what ranks
-    computed of a product (see layers/linear.py, GatheredLinear).
+    computed of a product (see layers/linear.py, GatheredLinear). lm_head: the model will be asked for logits of tokens.
     """
 
     mesh: Mesh
@@ -33,6 +33,7 @@ class BuildContext:
     head_method: LinearMethod = field(default_factory=Unquantized)
     table_method: LinearMethod = field(default_factory=Unquantized)
     whole_products: bool = False
+    lm_head: bool = True
 
     @property
     def num_positions(self) -> int:

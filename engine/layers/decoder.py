@@ -93,6 +93,8 @@ class CausalLM(nn.Module):
         self.embed_tokens = embed_tokens
         self.layers = Numbered(layers)
         self.norm, self.lm_head = norm, lm_head
+        self.score: nn.Module | None = None  # of a model with classes, on the last stage
+        self.feature_size = width
         self.width, self.vocab_size, self.pp, self.tp = width, vocab_size, ctx.mesh.pp, ctx.mesh.tp
         # All stages in one, without memory: what the checkpoint may hold besides this stage's tensors. In a list, so
         # that it is no part of this one. Empty: this is all there is.
@@ -118,6 +120,11 @@ class CausalLM(nn.Module):
         """As `logits`, but only the token ids of this rank: [R, len(vocab_shares[tp rank])]."""
         assert self.lm_head is not None, "only the last stage has the head"
         return self.lm_head(hidden)
+
+    def features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """pooled: [R, width], made of rows of the last stage's result → [R, feature_size], what embeddings and classes
+        are made of. Linear, so that it may come after a mean."""
+        return pooled
 
     @property
     def vocab_shares(self) -> tuple[range, ...]:

@@ -123,8 +123,8 @@ def embedding_and_head(
 ) -> tuple[VocabParallelEmbedding | None, LMHead | None]:
     """What this stage has: the first embeds, the last has the head, and a tied table is on both."""
     pp = ctx.mesh.pp
-    needs_table = pp.is_first or (tied and pp.is_last)
+    needs_table = pp.is_first or (tied and pp.is_last and ctx.lm_head)
     embed = VocabParallelEmbedding(ctx, vocab_size, width, scale, tied) if needs_table else None
-    if not pp.is_last:
+    if not (pp.is_last and ctx.lm_head):
         return embed, None
     return embed, LMHead(ctx, vocab_size, width, embed if tied else None, soft_cap)

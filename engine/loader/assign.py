@@ -117,6 +117,6 @@ def _claimed(wanted: Wanted, target: WeightTarget) -> tuple[str, ...]:
 
 
 def _is_tied_head(model: CausalLM, target: WeightTarget) -> bool:
-    """Some checkpoints repeat the embedding as the head."""
+    """Some checkpoints repeat the embedding as the head; a model that only pools has none."""
     head = (model.whole or [model])[0].lm_head
-    return target.module == HEAD and head is not None and bool(head.tied)
+    return target.module == HEAD and (head is None or bool(head.tied))

@@ -39,13 +39,25 @@ def find_weights(folder: Path) -> WeightFiles:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConfigError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}.") from error
+    value = _read(path)
     if not isinstance(value, dict):
         raise ConfigError(f"{path} does not hold a JSON object.")
     return value
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """A JSON array of objects. Raises ConfigError naming the file."""
+    value = _read(path)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ConfigError(f"{path} does not hold a JSON array of objects.")
+    return value
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}.") from error
 
 
 def _of_index(index: Path) -> tuple[Path, ...]:

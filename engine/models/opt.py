@@ -72,6 +72,7 @@ class OPTForCausalLM(LayerNormLM):
         )
         projected = narrow != width
         self.project_in = ReplicatedLinear(ctx, narrow, width, bias=False) if projected and pp.is_first else None
+        self.feature_size = narrow
         self.project_out = ReplicatedLinear(ctx, width, narrow, bias=False) if projected and pp.is_last else None
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -79,4 +80,7 @@ class OPTForCausalLM(LayerNormLM):
         return x if self.project_in is None else self.project_in(x)
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().local_logits(hidden if self.project_out is None else self.project_out(hidden))
+        return super().local_logits(self.features(hidden))
+
+    def features(self, pooled: torch.Tensor) -> torch.Tensor:
+        return pooled if self.project_out is None else self.project_out(pooled)

@@ -6,7 +6,7 @@ blocks: `build_part` loads the weights and says how many fit, `Part.allocate` ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,9 +22,11 @@ from octavo.engine.layers.decoder import CausalLM
 from octavo.engine.loader.assign import init_dummy, load_weights
 from octavo.engine.loader.checkpoint import open_checkpoint
 from octavo.engine.loader.source import resolve_model
-from octavo.engine.models.registry import build_model, max_model_len
+from octavo.engine.models.registry import build_model, max_model_len, role_of
 from octavo.engine.parallel.connect import HostedRendezvous, Rendezvous, connect
 from octavo.engine.parallel.mesh import Mesh
+from octavo.engine.pooling.build import pooling_info, sentence_folder
+from octavo.engine.pooling.worker import Pooler, activation_of
 from octavo.engine.process.inproc import InProcess, rank_thread
 from octavo.engine.process.rank import STARTING_S, RankSpec
 from octavo.engine.process.wire import Begin
@@ -81,12 +83,14 @@ class RankBuilder:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A rank's part of the engine, its weights loaded. info: of an engine that this rank had to hold alone."""
+    """A rank's part of the engine, its weights loaded. info: of an engine that this rank had to hold alone. activation:
+    of class scores."""
 
     info: EngineInfo
     config: EngineConfig
     model: CausalLM
     context: BuildContext
+    activation: Callable[[torch.Tensor], torch.Tensor]
 
     def allocate(self, num_blocks: int, max_model_len: int) -> Runner:
         """The KV pool and the buffers, and the runner that uses them."""
@@ -104,7 +108,8 @@ class Part:
             hidden=None if stage.is_first else (model.width, context.dtype),
             collective=context.mesh.tp.size > 1,
         )
-        return Runner(model, pool, context.ops, buffers, sampling, context.device, stage, graphs)
+        pooler = Pooler(model, self.activation)
+        return Runner(model, pool, context.ops, buffers, sampling, context.device, stage, graphs, pooler)
 
     def close(self) -> None:
         self.context.mesh.close()
@@ -116,11 +121,14 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
     ranks_on_node: of the replica, that share this machine's memory.
     """
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     with phases.phase("find model"):
         source = resolve_model(config.model, revision=config.revision, download_dir=config.download_dir)
         checkpoint = open_checkpoint(source, trust_remote_code=config.trust_remote_code)
-        length = _context_length(config, max_model_len(checkpoint.config))
+        folder = sentence_folder(source.path)
+        runner = "pooling" if folder is not None and config.runner == "auto" else config.runner
+        role = role_of(checkpoint.config, runner, config.convert)
+        dtype = pick_dtype(config.dtype, device, exact=not role.is_causal)
+        length = _context_length(config, max_model_len(checkpoint.config), folder.max_length if folder else None)
     with phases.phase("build model"):
         ops = _ops(config, device, dtype)
         scheme = read_scheme(checkpoint.config)
@@ -138,7 +146,8 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
             table_method=methods.table,
             whole_products=config.batch_invariant or methods.rounds_inputs,
         )
-        model = build_model(checkpoint.config, context)
+        model = build_model(checkpoint.config, context, role)
+        pooling = pooling_info(config, role, checkpoint.config, model.feature_size, folder)
     with phases.phase("load weights"), _one_thread():
         if config.load_format == "dummy":
             init_dummy(model, config.seed)
@@ -157,8 +166,9 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         generation_defaults=checkpoint.generation_defaults or GenerationDefaults(),
         quantization=methods.name,
         batch_invariant=ops.batch_invariant,
+        pooling=pooling,
     )
-    return Part(info, config, model, context)
+    return Part(info, config, model, context, activation_of(checkpoint.config))
 
 
 def _num_blocks(config: EngineConfig, model: CausalLM, context: BuildContext, ranks_on_node: int) -> int:
@@ -177,9 +187,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto = bfloat16 on a GPU and on a CPU that multiplies it natively (twice the rate of float32), else float32."""
+def pick_dtype(name: str, device: torch.device, exact: bool = False) -> torch.dtype:
+    """auto = bfloat16 on a GPU and on a CPU that multiplies it natively (twice the rate of float32), else float32.
+
+    exact: of an encoder, which is small, and whose result is compared with ones that were computed elsewhere: float32
+    on a CPU.
+    """
     if name == "auto":
+        if exact and device.type == "cpu":
+            return torch.float32
         return torch.bfloat16 if device.type == "cuda" or _cpu_has_bf16() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
@@ -223,10 +239,10 @@ def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> kern
     return ops
 
 
-def _context_length(config: EngineConfig, of_model: int) -> int:
-    """The longest sequence to serve, before the KV pool is known."""
+def _context_length(config: EngineConfig, of_model: int, trained: int | None) -> int:
+    """The longest sequence to serve, before the KV pool is known. trained: what its authors say texts should have."""
     if config.max_model_len is None:
-        return of_model
+        return of_model if trained is None else min(of_model, trained)
     if config.max_model_len > of_model:
         raise ConfigError(
             f"max_model_len ({config.max_model_len}) is longer than the {of_model} tokens this model was made for."
@@ -251,7 +267,7 @@ def _step_bytes(config: EngineConfig, model: CausalLM, context: BuildContext) ->
     x = inputs.x if pp.is_first else torch.zeros(tokens, model.width, dtype=context.dtype, device=device)
     with torch.inference_mode():
         hidden = model(x, inputs.positions, pool.caches, inputs.attention)
-        if pp.is_last:
+        if pp.is_last and model.lm_head is not None:
             model.logits(hidden[: config.max_num_seqs])
     kv_bytes = tokens * sum(spec.bytes_per_token for spec in specs)
     return max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)

@@ -54,11 +54,13 @@ def plan_num_blocks(
     """
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
+    most = config.max_num_seqs * -(-max_model_len // config.block_size)
     block_bytes = config.block_size * sum(spec.bytes_per_token for spec in specs)
+    if block_bytes == 0:  # an encoder's, which keeps nothing
+        return max(2, most)
     memory = config.kv_cache_memory_bytes
     if memory is None:
         memory = _gpu_bytes(config, device, reserved_bytes) if device.type == "cuda" else _cpu_bytes() // sharers
-    most = config.max_num_seqs * -(-max_model_len // config.block_size)
     blocks = min(memory // block_bytes, most)
     if blocks < 2:
         raise ConfigError(

@@ -18,6 +18,7 @@ from msgspec import structs
 from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.parallel.mesh import Group
+from octavo.engine.pooling.worker import Pooler
 from octavo.engine.runner.buffers import Buffers, StepInputs
 from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool
@@ -75,6 +76,7 @@ class Runner:
         device: torch.device,
         stage: Stage,
         forward: StepGraphs,
+        pooler: Pooler,
     ) -> None:
         self.model = model
         self.stage, self.forward = stage, forward
@@ -82,6 +84,7 @@ class Runner:
         self.ops = ops
         self.buffers = buffers
         self.sampling = sampling
+        self.pooler = pooler
         self.sampler, self.vocab = Sampler(ops), VocabGather(ops, model.tp, model.vocab_shares)
         self.device = device
 
@@ -105,8 +108,10 @@ class Runner:
         if self.stage.is_last:
             for slot in plan.released:
                 self.sampling.leave(slot)
+                self.pooler.leave(slot)
             for new in plan.new:
                 self.sampling.enter(new)
+                self.pooler.enter(new)
         self.buffers.apply(plan)
         if plan.copies:
             pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
@@ -114,8 +119,10 @@ class Runner:
                 self.ops.copy_blocks(key_cache, value_cache, pairs)
 
     def _draw(self, rows: Sequence[Row], inputs: StepInputs, hidden: torch.Tensor) -> tuple[RowResult, ...]:
-        """Draw a token for each row that samples; log probabilities of prompt tokens where asked for."""
+        """Draw a token for each row that samples; log probabilities of prompt tokens, and pooled vectors, where asked
+        for."""
         prompt = {i: self._prompt_logprobs(row, inputs, hidden, i) for i, row in enumerate(rows) if _wants_prompt(row)}
+        pooled = self.pooler.pool(rows, inputs.last, hidden)
         sampling = np.flatnonzero([row.samples for row in rows])
         drawn: tuple[RowResult, ...] = ()
         if len(sampling):
@@ -128,7 +135,7 @@ class Runner:
             drawn = sampled.to_host()
         if len(drawn) == len(rows) and not prompt:
             return drawn
-        results = dict(zip(sampling.tolist(), drawn, strict=True))
+        results = pooled | dict(zip(sampling.tolist(), drawn, strict=True))
         return tuple(_with_prompt(results.get(i, RowResult()), prompt.get(i, ())) for i in range(len(rows)))
 
     def _prompt_logprobs(

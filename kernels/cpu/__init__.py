@@ -18,6 +18,7 @@ from torch import Tensor, get_num_threads
 from octavo.kernels.cpu.graph import Arena, Graph, Recorder
 from octavo.kernels.cpu.library import ISAS, Op, open_library, runnable
 from octavo.kernels.cpu.pack import PackedLinear, pack
+from octavo.kernels.cpu.row_attention import row_attention
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
 from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Peaks
@@ -117,6 +118,11 @@ class Body:
             get_num_threads(),
         )
         return out
+
+    @staticmethod
+    def row_attention(query: Tensor, key: Tensor, value: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
+        """By torch: rows are computed once per prompt, several hundred tokens at most, which its kernel is good at."""
+        return row_attention(query, key, value, batch.query_start.tolist(), scale)
 
     def write_kv(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor

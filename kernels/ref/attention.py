@@ -4,6 +4,8 @@ Rows of one token (decode) are gathered and computed together; each longer row i
 queries that see only the KV they may look at. So the working memory is bounded, whatever the step holds.
 """
 
+from itertools import pairwise
+
 import torch
 
 from octavo.kernels.ops import AttentionBatch
@@ -36,6 +38,22 @@ def paged_attention(
             mine = slice(starts[s], starts[s + 1])
             table = batch.block_tables[s]
             out[mine] = _row(query[mine], key_cache, value_cache, table, context, scale, window, soft_cap)
+    return out
+
+
+def row_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: AttentionBatch, scale: float
+) -> torch.Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    group = query.shape[1] // key.shape[1]
+    starts = batch.query_start.tolist()
+    for start, end in pairwise(starts):
+        keys, values = (x[start:end].float().transpose(0, 1).repeat_interleave(group, 0) for x in (key, value))
+        for first in range(start, end, MAX_QUERY_SLICE):
+            last = min(first + MAX_QUERY_SLICE, end)
+            hidden = torch.zeros(1, dtype=torch.bool, device=query.device)
+            result = _attend(query[first:last].transpose(0, 1), keys, values, hidden, scale, None)
+            out[first:last] = result.transpose(0, 1)
     return out
 
 
