@@ -99,6 +99,7 @@ class FakeRunner:
     sleep: what to do for the step's seconds (time.sleep, VirtualClock.sleep, or nothing).
     verify: check the shadow KV of every position of every row, O(context).
     stages: of the pipeline it stands for: with more than one, a token it draws is there only once a plan brings it.
+    candidates: state → (token, log probability) of all tokens, the likeliest first, in place of made-up ones.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class FakeRunner:
         sleep: Callable[[float], None] = time.sleep,
         verify: bool = False,
         stages: int = 1,
+        candidates: Callable[[int], list[tuple[int, float]]] | None = None,
     ) -> None:
         self._block_size = block_size
         self._next_token = next_token
@@ -117,6 +119,7 @@ class FakeRunner:
         self._sleep = sleep
         self._verify = verify
         self._stages = stages
+        self._candidates = candidates
         self._slots: dict[int, _Slot] = {}
         self._kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._done: deque[StepResult] = deque()
@@ -205,8 +208,16 @@ class FakeRunner:
         if self._stages == 1:
             slot.tokens.append(token)
         wanted = slot.params.logprobs
-        logprobs = () if wanted is None else (_logprobs(token, wanted),)
+        logprobs = () if wanted is None else (self._scores(slot.states[end - 1], token, wanted),)
         return RowResult((token,), logprobs, prompt)
+
+    def _scores(self, state: int, token: int, count: int) -> TokenLogprobs:
+        if self._candidates is None:
+            return _logprobs(token, count)
+        found = self._candidates(state)
+        values = dict(found)
+        tokens, best = zip(*found[: None if count < 0 else count], strict=True)
+        return TokenLogprobs((token, *tokens), (values[token], *best), 1 + list(values).index(token))
 
 
 def _pool(slot: _Slot) -> bytes:

@@ -28,6 +28,7 @@ def engine(
     caching: bool = True,
     lag: int = 1,
     next_token: Callable[[int], int] = small_vocab,
+    candidates: Callable[[int], list[tuple[int, float]]] | None = None,
     **limits: object,
 ) -> EngineCore:
     settings = {
@@ -39,7 +40,13 @@ def engine(
         "eos_token_ids": (EOS,),
     } | limits
     made = Limits(**settings)
-    runner = FakeRunner(num_blocks, made.block_size, next_token, sleep=lambda s: None, verify=True, stages=made.stages)
+    runner = FakeRunner(
+        *(num_blocks, made.block_size, next_token),
+        sleep=lambda s: None,
+        verify=True,
+        stages=made.stages,
+        candidates=candidates,
+    )
     return EngineCore(Scheduler(made, BlockPool(num_blocks, caching)), runner, VirtualClock(), lag)
 
 
