@@ -21,7 +21,10 @@ from octavo.cluster.ingress import endpoints, replies
 from octavo.cluster.ingress.catalog import Catalog
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.ingress.errors import TimedOut, failure
+from octavo.cluster.ingress.forms import in_form
 from octavo.cluster.ingress.gate import Gate
+from octavo.cluster.ingress.messages import endpoint as messages
+from octavo.cluster.ingress.messages.body import CountTokensBody, MessagesBody
 from octavo.cluster.ingress.prompts import check_ids
 from octavo.cluster.ingress.protocol import (
     AnyBody,
@@ -46,6 +49,8 @@ BODIES: Mapping[str, type[Body]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/responses": ResponsesBody,
     "/v1/responses/input_tokens": InputBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountTokensBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -68,10 +73,11 @@ def create_app(services: Sequence[Service]) -> FastAPI:
             allow_origins=list(settings.allowed_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "request-id"],
         )
     _generation_paths(app, catalog)
     _responses_paths(app, catalog, Responses(settings.max_stored_bytes))
+    _messages_paths(app, catalog)
     _token_paths(app, catalog)
     _model_paths(app, catalog)
     _operator_paths(app, catalog)
@@ -126,6 +132,20 @@ def _responses_paths(app: FastAPI, catalog: Catalog, responses: Responses) -> No
     async def input_items(request: Request, response_id: str) -> Response:
         """What a stored response answers."""
         return _json(responses.inputs(response_id, body_of(Page, request.query_params)))
+
+
+def _messages_paths(app: FastAPI, catalog: Catalog) -> None:
+    @app.post("/v1/messages")
+    async def create_message(request: Request) -> Response:
+        """Answer a conversation (Anthropic's messages)."""
+        body = await _read(MessagesBody, request)
+        return await messages.create(catalog.find(body.model), body, _visit(request))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens a conversation is."""
+        body = await _read(CountTokensBody, request)
+        return _json(await messages.count_tokens(catalog.find(body.model), body))
 
 
 def _token_paths(app: FastAPI, catalog: Catalog) -> None:
@@ -230,7 +250,7 @@ def _json(body: Mapping[str, Any]) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    refused = failure(error)
+    refused = in_form(failure(error), request.url.path, _visit(request))
     return Response(replies.to_json(refused.body), refused.status, dict(refused.headers), "application/json")
 
 

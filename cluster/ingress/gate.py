@@ -1,7 +1,8 @@
 """Gate: the outermost ASGI layer. What holds for every HTTP request whatever its path.
 
-Gives it an id (X-Request-Id, taken from the client or drawn, sent back in any case), asks for the API key, bounds the
-body, turns whatever exception comes out into OpenAI's error body, and writes one access log line. Knows no endpoint.
+Gives it an id (X-Request-Id, taken from the client or drawn, sent back in any case; as Request-Id too, the name that
+Anthropic's clients know), asks for the API key, bounds the body, turns whatever exception comes out into the error body
+that the client knows, and writes one access log line. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.cluster.ingress import replies
 from octavo.cluster.ingress.errors import TooLarge, failure, log_failure
+from octavo.cluster.ingress.forms import in_form
 from octavo.cluster.ingress.keys import Keys
 from octavo.cluster.ingress.presence import ClientGone
 from octavo.cluster.ingress.visit import Visit, request_id
@@ -49,7 +51,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = visit.request_id
+                reply_headers = MutableHeaders(scope=message)
+                reply_headers["x-request-id"] = reply_headers["request-id"] = visit.request_id
             await send(message)
 
         try:
@@ -59,7 +62,7 @@ class Gate:
             visit.record.outcome = "client gone"
         except Exception as error:
             visit.trace.failed(error)
-            refused = failure(error)
+            refused = in_form(failure(error), _path(scope), visit)
             if refused.status >= 500:
                 log_failure(logger, visit.request_id, error)
             if not status:
@@ -75,9 +78,8 @@ class Gate:
             log_access(what, visit.request_id, time.monotonic() - visit.arrival_time, visit.record)
 
     def _authorize(self, scope: Scope, headers: Headers) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if path not in OPEN_PATHS and scope["method"] != "OPTIONS":
-            self._keys.check(headers.get("authorization", ""))
+        if _path(scope) not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            self._keys.check(headers.get("authorization", ""), headers.get("x-api-key"))
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
         limit = self._max_body_bytes
@@ -97,3 +99,8 @@ class Gate:
             return message
 
         return receive_bounded
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path or "/"

@@ -89,8 +89,13 @@ class Conversation:
         else:
             self._messages.append({"role": "system", "content": text})
 
-    def ask(self, text: str) -> None:
-        self._messages.append({"role": "user", "content": text})
+    def ask(self, text: str, *, goes_on: bool = False) -> None:
+        """goes_on: what the user says twice in a row is one turn."""
+        last = self._last("user")
+        if goes_on and last is not None:
+            last["content"] += f"\n\n{text}"
+        else:
+            self._messages.append({"role": "user", "content": text})
 
     def think(self, text: str) -> None:
         """What the model thought. Thoughts, text and calls that follow each other in this order are one turn."""
@@ -99,11 +104,12 @@ class Conversation:
             turn = self._turn()
         turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, *, goes_on: bool = False) -> None:
+        """goes_on: texts in a row are one."""
         turn = self._last("assistant")
-        if turn is None or turn["content"] or "tool_calls" in turn:
+        if turn is None or "tool_calls" in turn or (turn["content"] and not goes_on):
             turn = self._turn()
-        turn["content"] = text
+        turn["content"] += text
 
     def call(self, call_id: str, name: str, arguments: str) -> None:
         turn = self._last("assistant") or self._turn()
