@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
+from octavo.engine.beam import Beams
 from octavo.engine.core.blocks import BlockChanges
 from octavo.engine.core.prefix import NAME_BYTES
 from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
@@ -48,6 +49,7 @@ _SCALARS = (
 )
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
 _DEFAULTS = SamplingParams()
+_EARLY_STOPPING: tuple[Any, ...] = (False, True, "never")  # by the enum's numbers
 _UNLIMITED = 0  # max_tokens None on the wire, where absent means the default
 
 _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "abort", "error")  # by the enum's numbers
@@ -95,6 +97,9 @@ def params_to_proto(params: SamplingParams) -> Any:
     for name in _LISTS:
         getattr(proto, name).extend(getattr(params, name))
     proto.logit_bias.update(params.logit_bias)
+    if params.beams is not None:
+        proto.beams.width, proto.beams.length_penalty = params.beams.width, params.beams.length_penalty
+        proto.beams.early_stopping = _EARLY_STOPPING.index(params.beams.early_stopping)
     return proto
 
 
@@ -105,7 +110,17 @@ def params_from_proto(proto: Any) -> SamplingParams:
         values["max_tokens"] = None if proto.max_tokens == _UNLIMITED else proto.max_tokens
     for name in _LISTS:
         values[name] = tuple(getattr(proto, name))
+    if proto.HasField("beams"):
+        values["beams"] = beams_from_proto(proto.beams)
     return SamplingParams(**values, logit_bias=dict(proto.logit_bias))
+
+
+def beams_from_proto(proto: Any) -> Beams:
+    """Raises RequestError, naming the field, for a value out of range."""
+    penalty = proto.length_penalty if proto.HasField("length_penalty") else 1.0
+    if not 0 <= proto.early_stopping < len(_EARLY_STOPPING):
+        raise RequestError("beams.early_stopping is none of its values.", "early_stopping")
+    return Beams(proto.width, penalty, _EARLY_STOPPING[proto.early_stopping])
 
 
 def pooling_to_proto(params: PoolingParams) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo.engine.api import LLM, AsyncLLM
+    from octavo.engine.beam_search import BeamSearchParams
     from octavo.engine.config import EngineConfig
     from octavo.engine.params import SamplingParams
     from octavo.engine.types import CompletionOutput, RequestOutput
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 _HOME = {
     "LLM": "api",
     "AsyncLLM": "api",
+    "BeamSearchParams": "beam_search",
     "EngineConfig": "config",
     "SamplingParams": "params",
     "RequestOutput": "types",
     "CompletionOutput": "types",
 }
 
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

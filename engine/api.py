@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from octavo.engine.assets import tokenizer_of
+from octavo.engine.beam_search import BeamSearchOutput, BeamSearchParams, beams_of
 from octavo.engine.build import Engine, build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import RankLost, RequestError
@@ -107,6 +108,17 @@ class LLM:
             token_ids = self._tokenizer.encode(text, add_special_tokens=False)  # the template wrote them
             requests.append(make_request(self._tokenizer, token_ids, p))
         return self._run(requests, texts, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The `params.beam_width` best continuations of each prompt (a string or token ids), the best first.
+
+        The beams of a prompt share the KV blocks of what they have in common. Raises RequestError as `generate` does.
+        """
+        wanted = params.sampling_params()
+        outputs = self.generate(prompts, wanted, use_tqdm=use_tqdm)
+        return [beams_of(output, params, self._tokenizer) for output in outputs]
 
     def close(self) -> None:
         self._engine.core.close()

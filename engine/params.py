@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from octavo.engine.beam import Beams
 from octavo.engine.errors import RequestError
 from octavo.engine.grammar.spec import StructuredOutputs
 
@@ -36,7 +37,8 @@ class SamplingParams:
     temperature 0 is greedy. `top_k` 0 or -1 keeps all tokens. `seed` None means: the engine draws one, once.
     `logprobs` k returns the k most likely tokens' log probabilities and the drawn token's (k = 0: only the drawn one's;
     -1: the whole vocabulary), taken from the raw logits, before temperature, penalties and masks. `prompt_logprobs`
-    likewise for the prompt. `max_tokens` None means: up to the model's context.
+    likewise for the prompt. `max_tokens` None means: up to the model's context. `beams`: nothing is drawn, but the n
+    best sequences are searched for; all of their tokens come at the end.
 
     Raises RequestError, naming the field, for a value out of range.
     """
@@ -66,6 +68,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     skip_reading_prefix_cache: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    beams: Beams | None = None
 
     def __post_init__(self) -> None:
         normalize = object.__setattr__  # a frozen value is normalised once, here, before anybody has seen it
@@ -107,7 +110,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), -1, None)
-        if self.temperature == 0 and self.n > 1:
+        if self.beams is not None:
+            self._check_beams(self.beams)
+        elif self.temperature == 0 and self.n > 1:
             raise RequestError("n must be 1 when temperature is 0: all samples would be equal.", "n")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop must hold non-empty strings.", "stop")
@@ -124,6 +129,18 @@ class SamplingParams:
             raise RequestError("structured_outputs must be a StructuredOutputs.", "structured_outputs")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=true.", "stop")
+
+    def _check_beams(self, beams: Any) -> None:
+        """Beams are compared by the model's own log probabilities: what changes these, or looks at text, is refused."""
+        if not isinstance(beams, Beams):
+            raise RequestError("beams must be of type Beams.", "beams")
+        if self.n > beams.width:
+            raise RequestError(f"n ({self.n}) must not exceed the beam width ({beams.width}).", "n")
+        neutral = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "structured_outputs": None}
+        neutral |= {"logit_bias": {}, "allowed_token_ids": (), "bad_words": (), "stop": ()}
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                raise RequestError(f"{name} cannot be combined with beam search.", name)
 
     @property
     def greedy(self) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from octavo.cluster import wire
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
+from octavo.engine.beam import Beams
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.pooling.info import PoolingInfo
@@ -58,6 +59,10 @@ params = st.builds(
     allowed_token_ids=tokens,
     bad_words=st.lists(words, max_size=2).map(tuple),
     skip_reading_prefix_cache=st.none() | st.booleans(),
+) | st.builds(
+    SamplingParams,
+    n=st.integers(1, 3),
+    beams=st.builds(Beams, st.integers(3, 9), st.floats(-5, 5), st.sampled_from([True, False, "never"])),
 )
 requests = st.builds(
     Request,
