@@ -58,5 +58,11 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
+def reasoning_tokens(usage: Mapping[str, Any]) -> int:
+    """Of a usage: 0 where thoughts are not counted."""
+    count: int = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
+    return count
+
+
 def error(message: str, kind: str, param: str | None, code: str | int | None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

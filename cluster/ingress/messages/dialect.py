@@ -36,7 +36,7 @@ class MessagesDialect:
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """What was found in the cache is not known yet: message_delta says it, as it says what was generated."""
-        usage = self._usage(self._generation.usage())
+        usage = _usage(self._generation.usage())
         yield {"type": "message_start", "message": {**self._head, "content": [], **self._stop, "usage": usage}}
         yield {"type": "ping"}
 
@@ -44,7 +44,7 @@ class MessagesDialect:
         return [event for change in self._push(piece) for event in self._events(change)]
 
     def closing(self, usage: dict[str, Any]) -> Iterable[dict[str, Any]]:
-        yield {"type": "message_delta", "delta": self._stop, "usage": self._usage(usage)}
+        yield {"type": "message_delta", "delta": self._stop, "usage": _usage(usage)}
         yield {"type": "message_stop"}
 
     def failed(self, failure: Failure) -> Iterable[dict[str, Any]]:
@@ -54,7 +54,7 @@ class MessagesDialect:
         for piece in pieces[0]:
             self._push(piece)
         content = [self._block(passage) for passage in self._passages.all]
-        return {**self._head, "content": content, **self._stop, "usage": self._usage(usage)}
+        return {**self._head, "content": content, **self._stop, "usage": _usage(usage)}
 
     def _push(self, piece: Piece) -> list[Change]:
         changes = self._passages.push(piece)
@@ -109,17 +109,6 @@ class MessagesDialect:
     def _thought(self, text: str) -> str:
         return text if self._body.shows_thinking else ""
 
-    def _usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Input tokens are those that were not found in the cache."""
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        return {
-            "input_tokens": usage["prompt_tokens"] - cached,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": cached,
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"thinking_tokens": self._passages.num_reasoning_tokens},
-        }
-
 
 def _input(arguments: str) -> dict[str, Any]:
     """Of an answer that was cut off, as much as there is: so the official client reads what it was streamed."""
@@ -138,3 +127,15 @@ def _begun(passage: Passage) -> dict[str, Any]:
             return {"type": "thinking", "thinking": "", "signature": ""}
         case "call":
             return {"type": "tool_use", "id": passage.call_id, "name": passage.name, "input": {}}
+
+
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
+    """Input tokens are those that were not found in the cache."""
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"thinking_tokens": replies.reasoning_tokens(usage)},
+    }

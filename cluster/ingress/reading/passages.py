@@ -56,25 +56,19 @@ Change: TypeAlias = Begun | Grown | Ended
 class Passages:
     """The passages of one answer, of which the last one may be open. Once its last piece was pushed, there is at least
     one, and none is open.
-
-    num_reasoning_tokens: of the tokens so far, those that thoughts are made of. A piece of thoughts and more counts in
-    proportion to its characters.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.all: list[Passage] = []
-        self.num_reasoning_tokens = 0
         self._reader = reader
         self._open: Passage | None = None
         self._blank = ""  # white space that will begin a text if more of it comes
-        self._num_unread = 0  # tokens of which no part has come yet
         self._logprobs: list[TokenLogprobs] = []  # of tokens whose text has not come yet
 
     def push(self, piece: Piece) -> list[Change]:
         """What `piece`, which follows those pushed before, changes."""
         ended = piece.finish_reason is not None
         parts = self._reader.push(piece.text, ended)
-        self._count(parts, len(piece.token_ids))
         self._logprobs.extend(piece.logprobs)
         changes = [change for part in parts for change in self._read(part)]
         if ended:
@@ -125,11 +119,3 @@ class Passages:
 
     def _is_open(self, kind: str) -> bool:
         return self._open is not None and self._open.kind == kind
-
-    def _count(self, parts: Sequence[Part], tokens: int) -> None:
-        self._num_unread += tokens
-        lengths = [0 if isinstance(part, CallBegun) else len(part.text) for part in parts]
-        if total := sum(lengths):
-            thought = sum(length for part, length in zip(parts, lengths, strict=True) if isinstance(part, Reasoning))
-            self.num_reasoning_tokens += round(self._num_unread * thought / total)
-            self._num_unread = 0

@@ -90,14 +90,6 @@ class NamedFunction(_Part):
     name: str
 
 
-class AllowedTools(_Part):
-    """The tools that may be called, out of those given."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: list[dict[str, Any]]
-
-
 class TextConfig(_Part):
     format: dict[str, Any] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None

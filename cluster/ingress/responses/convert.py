@@ -8,7 +8,6 @@ from typing import Any
 from octavo.cluster.ingress.protocol import ChatBody, body_of, text_of
 from octavo.cluster.ingress.responses.body import (
     ITEMS,
-    AllowedTools,
     FunctionCallItem,
     FunctionCallOutputItem,
     FunctionTool,
@@ -38,11 +37,10 @@ def chat_body(body: InputBody, items: Sequence[Item], num_past: int) -> ChatBody
     """The chat that `items` make, of which the first `num_past` are not the body's own; with what the body asks of it.
     Raises RequestError.
     """
-    choice, tools = _tool_choice(body)
     values: dict[str, Any] = {
         "messages": _messages(body.instructions, items, num_past),
-        "tools": tools,
-        "tool_choice": choice,
+        "tools": [_tool(tool, f"tools[{number}]") for number, tool in enumerate(body.tools or [])] or None,
+        "tool_choice": _tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": _response_format(body),
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
@@ -103,28 +101,16 @@ def _messages(instructions: str | None, items: Sequence[Item], num_past: int) ->
     return conversation.messages()
 
 
-def _tool_choice(body: InputBody) -> tuple[Any, list[dict[str, Any]] | None]:
-    """Chat's tool_choice and tools. Of tools that are not allowed, the model hears nothing."""
-    tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(body.tools or [])]
-    choice = body.tool_choice
-    if not isinstance(choice, dict):
-        return choice, tools or None
-    match choice.get("type"):
-        case "function":
-            return {"type": "function", "function": {"name": body_of(NamedFunction, choice, "tool_choice").name}}, tools
-        case "allowed_tools":
-            allowed = body_of(AllowedTools, choice, "tool_choice")
-            names = [tool.get("name") for tool in allowed.tools]
-            for number, name in enumerate(names):
-                if name not in [tool["function"]["name"] for tool in tools]:
-                    place = f"tool_choice.tools[{number}]"
-                    raise RequestError(f"{place} is {name!r}, which is not the name of one of the tools.", place)
-            return allowed.mode, [tool for tool in tools if tool["function"]["name"] in names]
-        case kind:
-            raise RequestError(
-                f"tool_choice is of type {kind!r}, which is not supported: function and allowed_tools are.",
-                "tool_choice.type",
-            )
+def _tool_choice(choice: str | dict[str, Any] | None) -> Any:
+    """Chat's tool_choice. Which tools are allowed, it says in these words too."""
+    if not isinstance(choice, dict) or choice.get("type") == "allowed_tools":
+        return choice
+    if choice.get("type") != "function":
+        raise RequestError(
+            f"tool_choice is of type {choice.get('type')!r}, which is not supported: function and allowed_tools are.",
+            "tool_choice.type",
+        )
+    return {"type": "function", "function": {"name": body_of(NamedFunction, choice, "tool_choice").name}}
 
 
 def _tool(value: dict[str, Any], place: str) -> dict[str, Any]:

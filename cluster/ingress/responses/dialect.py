@@ -74,7 +74,7 @@ class ResponsesDialect:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut_off else None,
             "completed_at": None if is_cut_off else int(time.time()),
             "output": self._output.items,
-            "usage": _usage(usage, self._output.num_reasoning_tokens),
+            "usage": _usage(usage),
         }
         self._keep(response)
         return response
@@ -85,13 +85,13 @@ class ResponsesDialect:
         return event
 
 
-def _usage(usage: dict[str, Any], reasoning_tokens: int) -> dict[str, Any]:
+def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+        "output_tokens_details": {"reasoning_tokens": replies.reasoning_tokens(usage)},
         "total_tokens": usage["total_tokens"],
     }
 

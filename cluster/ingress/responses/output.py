@@ -61,10 +61,6 @@ class Output:
         self._is_cut_off = True
 
     @property
-    def num_reasoning_tokens(self) -> int:
-        return self._passages.num_reasoning_tokens
-
-    @property
     def items(self) -> list[dict[str, Any]]:
         return [self._item(passage, self._status(passage)) for passage in self._passages.all]
 
