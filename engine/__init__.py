@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from octavo.engine.beam_search import BeamSearchParams
     from octavo.engine.config import EngineConfig
     from octavo.engine.params import SamplingParams
+    from octavo.engine.pooling.params import PoolingParams
     from octavo.engine.types import CompletionOutput, RequestOutput
 
 _HOME = {
@@ -18,12 +19,22 @@ _HOME = {
     "AsyncLLM": "api",
     "BeamSearchParams": "beam_search",
     "EngineConfig": "config",
+    "PoolingParams": "pooling.params",
     "SamplingParams": "params",
     "RequestOutput": "types",
     "CompletionOutput": "types",
 }
 
-__all__ = ["LLM", "AsyncLLM", "BeamSearchParams", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineConfig",
+    "PoolingParams",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

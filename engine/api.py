@@ -17,6 +17,16 @@ from octavo.engine.errors import RankLost, RequestError
 from octavo.engine.loop import EngineLoop
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.offline import OfflinePooling, progress
+from octavo.engine.pooling.outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+)
+from octavo.engine.pooling.params import PoolingParams
+from octavo.engine.pooling.prompts import Fitting
 from octavo.engine.requests import Prompt, make_request
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request, RequestOutput, TokenDelta
@@ -120,8 +130,71 @@ class LLM:
         outputs = self.generate(prompts, wanted, use_tqdm=use_tqdm)
         return [beams_of(output, params, self._tokenizer) for output in outputs]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        prompt_name: str | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector per prompt, `.outputs.embedding`: of a model made for that, or of one that generates, which then
+        gives its last token's hidden state.
+
+        truncate_prompt_tokens: cut longer prompts to so many tokens, -1 = as many as the model takes; else they are
+        refused. prompt_name: one of the model's own prompts, put before each text; None = its default, if it has one.
+        """
+        listed = _as_list(prompts)
+        with progress(len(listed), use_tqdm) as advance:
+            return self._pooling(truncate_prompt_tokens, prompt_name).embed(listed, pooling_params, advance)
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """The probability of each of the model's classes, `.outputs.probs`; their names are `info.pooling.labels`."""
+        listed = _as_list(prompts)
+        with progress(len(listed), use_tqdm) as advance:
+            return self._pooling(truncate_prompt_tokens).classify(listed, pooling_params, advance)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well each text of `data_2` fits its own of `data_1`, or the only one there, `.outputs.score`: by a
+        cross-encoder, or as the cosine of their embeddings."""
+        first, second = ([data] if isinstance(data, str) else list(data) for data in (data_1, data_2))
+        with progress(len(first) + len(second), use_tqdm) as advance:
+            return self._pooling(truncate_prompt_tokens).score(first, second, pooling_params, advance)
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """One vector per prompt, `.outputs.data`, of the kind that `pooling_params.task` says."""
+        listed = _as_list(prompts)
+        with progress(len(listed), use_tqdm) as advance:
+            return self._pooling(truncate_prompt_tokens).encode(listed, pooling_params or PoolingParams(), advance)
+
     def close(self) -> None:
         self._engine.core.close()
+
+    def _pooling(self, keep: int | None, prompt_name: str | None = None) -> OfflinePooling:
+        return OfflinePooling(self._engine.core, self._tokenizer, self.info, Fitting(keep), prompt_name)
 
     def _params_for(self, count: int, given: Params) -> list[SamplingParams]:
         if given is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from octavo.engine.errors import RequestError
 from octavo.engine.text.chat import ChatTemplates
+from octavo.engine.text.marked import Marked
 from octavo.engine.text.pieces import BytePieces
 
 BOS, EOS = 256, 257
@@ -55,6 +56,18 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text, add_special_tokens) for text in texts]
+
+    def mark_batch(
+        self, texts: Sequence[tuple[str] | tuple[str, str]], add_special_tokens: bool = True
+    ) -> list[Marked]:
+        made = []
+        for text in texts:
+            parts = [self.encode(part, add_special_tokens=False) for part in text]
+            begin = [BOS] if add_special_tokens else []
+            sources = [None] * len(begin) + [number for number, part in enumerate(parts) for _ in part]
+            ids = [*begin, *(token for part in parts for token in part)]
+            made.append(Marked(ids, sources, [0] * len(ids)))
+        return made
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

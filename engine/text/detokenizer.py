@@ -9,7 +9,7 @@ beginning of a text in its own way.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from octavo.engine.text.pieces import BytePieces, LeadingSpace
@@ -36,20 +36,31 @@ def make_detokenizer(
     prompt_token_ids: Sequence[int] = (),
     skip_special_tokens: bool = True,
     spaces_between_special_tokens: bool = True,
+    shown_tokens: frozenset[int] = frozenset(),
 ) -> Detokenizer:
-    """For tokens that follow `prompt_token_ids`, whose own text is not given out.
+    """For tokens that follow `prompt_token_ids`, whose own text is not given out. shown_tokens: special tokens that are
+    never skipped.
 
     The text is decode(prompt + tokens) without decode(prompt), so with a prompt the first word keeps its space.
     """
     if tokenizer.pieces is not None:
-        return _PieceDetokenizer(tokenizer, tokenizer.pieces, prompt_token_ids, skip_special_tokens)
-    return _WindowDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens, spaces_between_special_tokens)
+        return _PieceDetokenizer(tokenizer, tokenizer.pieces, prompt_token_ids, skip_special_tokens, shown_tokens)
+    return _WindowDetokenizer(
+        tokenizer, prompt_token_ids, skip_special_tokens, spaces_between_special_tokens, shown_tokens
+    )
 
 
 class _PieceDetokenizer:
-    def __init__(self, tokenizer: Tokenizer, pieces: BytePieces, prompt: Sequence[int], skip_special: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        pieces: BytePieces,
+        prompt: Sequence[int],
+        skip_special: bool,
+        shown: frozenset[int],
+    ) -> None:
         self._pieces = pieces
-        self._skipped = tokenizer.is_special if skip_special else _never
+        self._skipped = _skips(tokenizer, skip_special, shown)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = not any(map(self._counts, prompt))
         # What to take off the first text there is.
@@ -101,14 +112,31 @@ def _partial_character(data: bytes) -> bytes:
     return decoder.getstate()[0]
 
 
+def _skips(tokenizer: Tokenizer, skip_special: bool, shown: frozenset[int]) -> Callable[[int], bool]:
+    """Which tokens are skipped."""
+    if not skip_special:
+        return _never
+    if not shown:
+        return tokenizer.is_special
+    return lambda token_id: token_id not in shown and tokenizer.is_special(token_id)
+
+
 def _never(token_id: int) -> bool:
     return False
 
 
 class _WindowDetokenizer:
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool, spaces_between: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        skip_special: bool,
+        spaces_between: bool,
+        shown: frozenset[int],
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special
+        self._skipped = _skips(tokenizer, skip_special, shown)
+        self._skip = skip_special and not shown  # what is left of the tokens is to be seen
         self._spaces = spaces_between
         # The window: tokens whose text is out, then tokens that are held back. `_shown` is the former's text.
         self._window = self._kept(prompt)[-_CONTEXT:]
@@ -137,7 +165,7 @@ class _WindowDetokenizer:
         return new
 
     def _kept(self, token_ids: Sequence[int]) -> list[int]:
-        return [i for i in token_ids if not (self._skip and self._tokenizer.is_special(i))]
+        return [i for i in token_ids if not self._skipped(i)]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip, self._spaces) if token_ids else ""

@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 
 from octavo.engine.errors import ConfigError, RequestError
 from octavo.engine.text.chat import ChatTemplates
+from octavo.engine.text.marked import Marked
 from octavo.engine.text.pieces import BytePieces, pieces_of_decoder
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -57,6 +58,16 @@ class FastTokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError("The text is no valid Unicode: it holds lone surrogates.", "prompt") from error
         return [encoding.ids for encoding in encodings]
+
+    def mark_batch(
+        self, texts: Sequence[tuple[str] | tuple[str, str]], add_special_tokens: bool = True
+    ) -> list[Marked]:
+        wanted = [text[0] if len(text) == 1 else text for text in texts]
+        try:
+            encodings = self._backend.encode_batch_fast(wanted, add_special_tokens=add_special_tokens)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise RequestError("The text is no valid Unicode: it holds lone surrogates.", "prompt") from error
+        return [Marked(each.ids, each.sequence_ids, each.type_ids) for each in encodings]
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from octavo.engine.errors import ConfigError, RequestError
 from octavo.engine.text.chat import ChatTemplates
 from octavo.engine.text.fast_tokenizer import FastTokenizer
+from octavo.engine.text.marked import Marked
 from octavo.engine.text.pieces import BytePieces
 
 
@@ -57,6 +58,30 @@ class SlowTokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text, add_special_tokens) for text in texts]
+
+    def mark_batch(
+        self, texts: Sequence[tuple[str] | tuple[str, str]], add_special_tokens: bool = True
+    ) -> list[Marked]:
+        try:
+            return [self._mark(*text, add_special_tokens=add_special_tokens) for text in texts]
+        except UnicodeEncodeError as error:
+            raise RequestError("The text is no valid Unicode: it holds lone surrogates.", "prompt") from error
+
+    def _mark(self, first: str, second: str | None = None, *, add_special_tokens: bool) -> Marked:
+        made = self._wrapped(
+            first,
+            second,
+            add_special_tokens=add_special_tokens,
+            return_token_type_ids=True,
+            return_special_tokens_mask=True,
+        )
+        length = len(self._wrapped.encode(first, add_special_tokens=False))
+        sources: list[int | None] = []
+        seen = 0
+        for put_there in made["special_tokens_mask"]:
+            sources.append(None if put_there else int(seen >= length))
+            seen += not put_there
+        return Marked(made["input_ids"], sources, made["token_type_ids"])
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -25,16 +25,29 @@ class TextDelta:
 
 
 class TextStream:
-    """Detokenizes one sequence and watches for `params.stop`. The owner aborts the sequence when a stop is found."""
+    """Detokenizes one sequence and watches for `params.stop`. The owner aborts the sequence when a stop is found.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    shown_tokens: special tokens whose text is given out though special tokens are skipped.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        shown_tokens: frozenset[int] = frozenset(),
+    ) -> None:
         self._params = params
         self._num_tokens = 0
         self._ended = False
         self._stops = StopFinder(params.stop, params.include_stop_str_in_output)
         self._detokenizer = (
             make_detokenizer(
-                tokenizer, prompt_token_ids, params.skip_special_tokens, params.spaces_between_special_tokens
+                tokenizer,
+                prompt_token_ids,
+                params.skip_special_tokens,
+                params.spaces_between_special_tokens,
+                shown_tokens,
             )
             if params.detokenize
             else None

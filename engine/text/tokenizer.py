@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from octavo.engine.errors import ConfigError
+from octavo.engine.text.marked import Marked
 from octavo.engine.text.pieces import BytePieces
 
 
@@ -38,6 +39,11 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each, on several cores where the tokenizer can."""
+
+    def mark_batch(
+        self, texts: Sequence[tuple[str] | tuple[str, str]], add_special_tokens: bool = True
+    ) -> list[Marked]:
+        """Texts, or pairs of texts that are read together, with where each token comes from."""
 
     def decode(
         self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
