@@ -17,6 +17,8 @@ from octavo.cluster.ingress.client import EngineClient
 from octavo.cluster.ingress.errors import Interrupted
 from octavo.cluster.ingress.prompts import Prompt
 from octavo.cluster.ingress.reading.parts import PlainReader, Reader
+from octavo.cluster.ingress.reading.reading import Reading
+from octavo.cluster.ingress.reading.thinking import ThoughtCounter
 from octavo.cluster.observability.metrics import Finished, IngressMetrics
 from octavo.cluster.observability.traces import NO_TRACE, Trace
 from octavo.engine.errors import CapacityError, StepError
@@ -58,13 +60,24 @@ def join(pieces: Sequence[Piece]) -> Piece:
 class Choice:
     """One sequence on its way to the client. Holds tokens back until some of their text is certain."""
 
-    def __init__(self, index: int, stream: TextStream, has_text: bool = True) -> None:
+    def __init__(
+        self,
+        index: int,
+        stream: TextStream,
+        has_text: bool = True,
+        counter: ThoughtCounter | None = None,
+        interval: int = 1,
+    ) -> None:
+        """interval: tokens that a piece has at least, but for the first and the last one."""
         self.index = index
+        self.counter = counter
         self._has_text = has_text
         self.num_tokens = 0  # generated, as far as they were used
         self.finish_reason: FinishReason | None = None
         self._stream = stream
         self._first = True
+        self._interval = interval
+        self._text = ""
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
 
@@ -73,26 +86,35 @@ class Choice:
         ended = delta.finish_reason is not None
         pushed = self._stream.push(delta.token_ids, ended, delta.finish_reason == "stop")
         self.num_tokens += pushed.num_tokens_used
+        if self.counter is not None:
+            self.counter.push(delta.token_ids[: pushed.num_tokens_used])
         self._tokens.extend(delta.token_ids[: pushed.num_tokens_used])
         self._logprobs.extend(delta.logprobs[: pushed.num_tokens_used])
         self.finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         if pushed.stop is not None:
             self.finish_reason, stop_reason = "stop", pushed.stop
-        if self._has_text and not pushed.text and self.finish_reason is None:
+        self._text += pushed.text
+        if self.finish_reason is None and self._holds_back:
             return None
         piece = Piece(
             index=self.index,
-            text=pushed.text,
+            text=self._text,
             token_ids=tuple(self._tokens),
             logprobs=tuple(self._logprobs),
             finish_reason=self.finish_reason,
             stop_reason=stop_reason,
             first=self._first,
         )
-        self._first = False
+        self._first, self._text = False, ""
         self._tokens.clear()
         self._logprobs.clear()
         return piece
+
+    @property
+    def _holds_back(self) -> bool:
+        if self._has_text and not self._text:
+            return True
+        return not self._first and len(self._tokens) < self._interval
 
 
 class Generation:
@@ -100,7 +122,7 @@ class Generation:
 
     `requests[i]` continues `prompts[i]`; its sequence j is the choice i × n + j. Counters are valid at any time and
     final once `pieces` has ended, however it did. only_scores: what is generated is thrown away. `readers[i]` reads the
-    text of choice i (None: nothing is to be found in it), for a dialect that tells the parts of an answer apart.
+    text of choice i as `reading` has it (None: as mere text), for a dialect that tells the parts of an answer apart.
     """
 
     def __init__(
@@ -113,17 +135,25 @@ class Generation:
         arrival_time: float,
         *,
         only_scores: bool = False,
-        readers: Sequence[Reader] | None = None,
+        reading: Reading | None = None,
+        stream_interval: int = 1,
         trace: Trace = NO_TRACE,
     ) -> None:
         self.prompts = prompts
         self.requests = requests
         self.n = requests[0].params.n
+        reading = reading or Reading()
         self.choices = [
-            Choice(index, TextStream(tokenizer, request.prompt_token_ids, request.params), request.params.detokenize)
+            Choice(
+                index,
+                TextStream(tokenizer, request.prompt_token_ids, request.params, reading.shown_tokens),
+                request.params.detokenize,
+                reading.counters[index] if reading.counters else None,
+                stream_interval,
+            )
             for index, request in enumerate(request for request in requests for _ in range(self.n))
         ]
-        self.readers: tuple[Reader, ...] = tuple(readers or (PlainReader() for _ in self.choices))
+        self.readers: tuple[Reader, ...] = reading.readers or tuple(PlainReader() for _ in self.choices)
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         # one entry per prompt token; all None until the engine has sent them
         self.prompt_logprobs: list[Sequence[TokenLogprobs | None]] = [(None,) * len(p.token_ids) for p in prompts]
@@ -136,7 +166,11 @@ class Generation:
         self._arrival_time = arrival_time
 
     def usage(self) -> dict[str, Any]:
-        return replies.usage(self.num_prompt_tokens, self.num_completion_tokens, self.num_cached_tokens)
+        usage = replies.usage(self.num_prompt_tokens, self.num_completion_tokens, self.num_cached_tokens)
+        if counters := [choice.counter for choice in self.choices if choice.counter is not None]:
+            thoughts = sum(counter.num_tokens for counter in counters)
+            usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        return usage
 
     @property
     def num_completion_tokens(self) -> int:

@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 
 from octavo.cluster.ingress.protocol import CompletionBody, GenerationBody, Message, TemplateFields, TokenizeBody
 from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.ingress.tool_prompt import ToolPrompt
+from octavo.cluster.ingress.tools import earlier_calls, tools_of
 from octavo.engine.errors import RequestError
 from octavo.engine.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 # What a chat template gets from elsewhere; a request must not slip it in through chat_template_kwargs.
 RESERVED_KWARGS = frozenset(
     {
@@ -43,9 +46,10 @@ class Prompt:
 class PromptMaker:
     """Makes prompts for one model. Raises RequestError for what cannot become one."""
 
-    def __init__(self, settings: IngressSettings, tokenizer: Tokenizer) -> None:
+    def __init__(self, settings: IngressSettings, tokenizer: Tokenizer, tool_prompt: ToolPrompt) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
+        self._tool_prompt = tool_prompt
 
     async def of_completion(self, body: CompletionBody, context: int, vocab_size: int) -> list[Prompt]:
         special = body.add_special_tokens is not False
@@ -73,6 +77,7 @@ class PromptMaker:
                 "This server does not take chat templates from requests (trust_request_chat_template is off).",
                 "chat_template",
             )
+        tools = tools_of(body)
         kwargs = body.chat_template_kwargs or {}
         if taken := sorted(RESERVED_KWARGS & kwargs.keys()):
             raise RequestError(f"chat_template_kwargs must not contain {taken[0]!r}.", "chat_template_kwargs")
@@ -84,16 +89,28 @@ class PromptMaker:
             )
         if body.documents is not None:
             kwargs = {**kwargs, "documents": body.documents}
-        return await self._beside(
-            sum(len(message.text) for message in body.messages or []),
-            lambda: self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=body.chat_template or settings.chat_template,
+        if body.reasoning_effort is not None:
+            thinks = body.reasoning_effort != "none"
+            kwargs = {
+                "reasoning_effort": body.reasoning_effort,
+                "enable_thinking": thinks,
+                "thinking": thinks,
+                **kwargs,
+            }
+        template = body.chat_template or settings.chat_template
+
+        def write() -> str:
+            prepared, definitions = self._tool_prompt.prepare(messages, tools, template)
+            return self._tokenizer.apply_chat_template(
+                prepared,
+                tools=definitions,
+                chat_template=template,
                 add_generation_prompt=not continued if opened is None else opened,
                 continue_final_message=continued,
                 **kwargs,
-            ),
-        )
+            )
+
+        return await self._beside(sum(len(message.text) for message in body.messages or []), write)
 
     async def encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
         return await self._beside(
@@ -149,13 +166,12 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
         extra = {name: value for name, value in (message.model_extra or {}).items() if value is not None}
-        if message.role in ("tool", "function"):
-            raise RequestError(f"Tool calling is not supported yet: role {message.role!r}.", f"{place}.role")
-        for name in ("tool_calls", "function_call", "audio"):
-            if extra.get(name):
-                raise RequestError(f"{place}.{name} is not supported yet: it must be left out.", f"{place}.{name}")
-            extra.pop(name, None)
-        if message.content is None:
+        if extra.pop("audio", None):
+            raise RequestError(f"{place}.audio is not supported yet: it must be left out.", f"{place}.audio")
+        if calls := earlier_calls(extra, place):
+            extra["tool_calls"] = calls
+        if message.content is None and not (message.role == "assistant" and (calls or _REASONING & extra.keys())):
             raise RequestError(f"{place}.content is required.", f"{place}.content")
-        result.append({**extra, "role": message.role, "content": message.content})
+        role = "tool" if message.role == "function" else message.role
+        result.append({**extra, "role": role, "content": message.content})
     return result

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, PrivateAttr, ValidationError
 
+from octavo.cluster.ingress.tools import ToolFields
 from octavo.engine.errors import RequestError
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 # Field → what it asks for, and the values that ask for nothing.
 NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": ("Tool calling", _NOTHING),
-    "tool_choice": ("Tool calling", (*_NOTHING, "none", "auto")),
-    "functions": ("Tool calling", _NOTHING),
-    "function_call": ("Tool calling", (*_NOTHING, "none", "auto")),
-    "include_reasoning": ("Reasoning", (None, True)),
     "reasoning": ("Reasoning", _NOTHING),
-    "reasoning_effort": ("Reasoning", _NOTHING),
     "thinking_token_budget": ("Reasoning", _NOTHING),
-    "use_beam_search": ("Beam search", _NOTHING),
-    "length_penalty": ("Beam search", (*_NOTHING, 1)),
-    "early_stopping": ("Beam search", _NOTHING),
     "modalities": ("Output other than text", (*_NOTHING, ["text"])),
     "audio": ("Output other than text", _NOTHING),
     "media_io_kwargs": ("Input other than text", _NOTHING),
@@ -44,24 +36,21 @@ NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "prompt_logprob_token_ids": ("Logprobs of chosen tokens", _NOTHING),
     "repetition_detection": ("Repetition detection", _NOTHING),
     "watermarking": ("Watermarking", _NOTHING),
-    "stream_interval": ("A stream interval", (*_NOTHING, 1)),
-    "return_prompt_text": ("Returning the prompt's text", _NOTHING),
-    "return_token_offsets": ("Returning token offsets", _NOTHING),
     "return_weight_versions": ("Returning weight versions", _NOTHING),
-    "return_mm_kwargs": ("Returning multimodal inputs", _NOTHING),
+    "routed_experts_prompt_start": ("Returning routed experts", _NOTHING),
     "return_routed_experts": ("Returning routed experts", _NOTHING),
 }
-# Fields that are for the provider's books, or have no effect where nothing calls tools.
+# Fields that are for the provider's books, or for paths of vLLM that only render prompts.
 WITHOUT_EFFECT = frozenset(
     {
         "guided_decoding_backend",
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "return_mm_kwargs",
+        "return_token_offsets",
         "safety_identifier",
         "service_tier",
-        "session_id",
         "store",
         "user",
     }
@@ -119,6 +108,7 @@ Prompts = Annotated[
 Content = Annotated[
     str | list[Any] | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]] | None)
 ]
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
 Texts = Annotated[list[str] | None, BeforeValidator(_one_as_list, json_schema_input_type=str | list[str] | None)]
 
 
@@ -198,6 +188,13 @@ class GenerationBody(Body):
     priority: int | None = None
     cache_salt: str | None = None
     request_id: str | None = None
+    session_id: str | None = None
+    use_beam_search: bool | None = None
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    stream_interval: int | None = None
+    return_prompt_text: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -247,7 +244,7 @@ class Message(BaseModel):
         return text_of(self.content)
 
 
-class TemplateFields(Body):
+class TemplateFields(Body, ToolFields):
     """How messages become a prompt."""
 
     messages: list[Message]
@@ -257,15 +254,17 @@ class TemplateFields(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: ReasoningEffort = None
 
 
 class ChatBody(GenerationBody, TemplateFields):
+    include_reasoning: bool | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Body, ToolFields):
     """A text (`prompt`) or a conversation (`messages`), never both."""
 
     prompt: str | None = None
@@ -276,6 +275,7 @@ class TokenizeBody(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: ReasoningEffort = None
     return_token_strs: bool | None = None
 
 

@@ -19,9 +19,12 @@ from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.logprobs import TokenNames
 from octavo.cluster.ingress.prompts import Prompt, PromptMaker
 from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, GenerationBody, TokenizeBody
-from octavo.cluster.ingress.sampling import only_scores, sampling_params
+from octavo.cluster.ingress.reading.reading import Reading
+from octavo.cluster.ingress.sampling import num_sequences, only_scores, sampling_params
 from octavo.cluster.ingress.settings import IngressSettings
+from octavo.cluster.ingress.speech import Speech
 from octavo.cluster.ingress.structured import structured_of
+from octavo.cluster.ingress.tools import tools_of
 from octavo.cluster.ingress.visit import Places, Visit
 from octavo.cluster.observability.metrics import IngressMetrics
 from octavo.cluster.observability.traces import NO_TRACER, Asked, Tracer
@@ -60,7 +63,8 @@ class Service:
         self.client = client
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
-        self.prompts = PromptMaker(settings, tokenizer)
+        self.speech = Speech(settings, tokenizer)
+        self.prompts = PromptMaker(settings, tokenizer, self.speech.tool_prompt)
         self.places = Places(settings.max_ongoing_requests)
         self._admission = Admission(settings.max_queue_wait_s, expected_wait_s)
         self._has_been_here = False
@@ -131,9 +135,9 @@ class Service:
         info = await self._admit(body)
         if body.suffix:
             raise RequestError("suffix is not supported: the models served here cannot fill in the middle.", "suffix")
-        if body.best_of is not None and body.best_of != (body.n or 1):
+        if body.best_of is not None and body.best_of != (body.n or 1) and not body.use_beam_search:
             raise RequestError("best_of other than n is not supported.", "best_of")
-        self._check_choices(len(body.prompt) * (body.n or 1))
+        self._check_choices(len(body.prompt) * num_sequences(body))
         prompts = await self.prompts.of_completion(body, info.max_model_len, info.vocab_size)
         return await self._generation(body, prompts, answer_id, visit, info, structured=structured_of(body))
 
@@ -141,9 +145,12 @@ class Service:
         """What answers the conversation, not begun yet."""
         self._trace(visit, "chat", body.model)
         info = await self._admit(body)
-        self._check_choices(body.n or 1)
+        self._check_choices(num_sequences(body))
         prompt = await self.prompts.of_chat(body, body, info.max_model_len)
-        return await self._generation(body, [prompt], answer_id, visit, info, structured=structured_of(body))
+        tools = tools_of(body)
+        form = self.speech.form(body, tools, prompt, structured_of(body))
+        reading = self.speech.reading(body, tools, prompt)
+        return await self._generation(body, [prompt], answer_id, visit, info, structured=form, reading=reading)
 
     async def num_prompt_tokens(self, body: ChatBody) -> int:
         """How long the prompt is that the model would get of the conversation."""
@@ -196,7 +203,8 @@ class Service:
         except CapacityError:
             metrics.rejected("max_queue_wait_s")
             raise
-        for name, value in (("cache_salt", body.cache_salt), ("request_id", body.request_id)):
+        for name in ("cache_salt", "request_id", "session_id"):
+            value = getattr(body, name)
             if value is not None and not 0 < len(value) <= MAX_NAME_CHARS:
                 raise RequestError(f"{name} must be a string of 1 to {MAX_NAME_CHARS} characters.", name)
         if body.priority is not None and abs(body.priority) > MAX_PRIORITY:
@@ -204,6 +212,14 @@ class Service:
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream to be true.", "stream_options")
         return await self.info()
+
+    @staticmethod
+    def _stream_interval(body: GenerationBody) -> int:
+        if body.stream_interval is not None and body.stream_interval < 1:
+            raise RequestError(
+                f"stream_interval must be an integer of at least 1, got {body.stream_interval}.", "stream_interval"
+            )
+        return (body.stream_interval or 1) if body.stream else 1
 
     def _check_choices(self, choices: int) -> None:
         if choices > self.settings.max_choices:
@@ -221,8 +237,9 @@ class Service:
         info: EngineInfo,
         *,
         structured: StructuredOutputs | None = None,
+        reading: Reading | None = None,
     ) -> Generation:
-        """structured: the form that the outputs are to have."""
+        """structured: the form that the outputs are to have. reading: how they are read; None = as mere text."""
         defaults = self.settings.defaults or info.generation_defaults
         requests = []
         for number, prompt in enumerate(prompts):
@@ -237,7 +254,7 @@ class Service:
                     priority=body.priority or 0,
                     cache_salt=body.cache_salt,
                     arrival_time=visit.arrival_time,
-                    session_id=visit.session_id or visit.headers.get(self.settings.session_header),
+                    session_id=visit.session_id or body.session_id or visit.headers.get(self.settings.session_header),
                     bad_words_token_ids=bad_words_token_ids(self.tokenizer, params.bad_words)
                     if params.bad_words
                     else (),
@@ -253,6 +270,8 @@ class Service:
             requests,
             visit.arrival_time,
             only_scores=only_scores(body),
+            reading=reading,
+            stream_interval=self._stream_interval(body),
             trace=visit.trace,
         )
 

@@ -30,6 +30,8 @@ class IngressSettings:
     defaults: sampling values for requests that name none; None = what the model's authors recommend.
     chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own;
         off by default, as in vLLM, since a template is a program that can take any time.
+    tool_call_parser: how the model writes tool calls; reasoning_parser: how it marks its thoughts. vLLM's names (see
+        reading/formats.py); None = what the chat template shows.
     allowed_origins: browser origins that may call (CORS); empty = none.
     session_header: requests with the same value of this header should stay on one replica; empty = none does that.
     tokenize_in_thread_chars: texts longer than this are tokenized beside the event loop, not on it.
@@ -52,6 +54,8 @@ class IngressSettings:
     defaults: GenerationDefaults | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     allowed_origins: tuple[str, ...] = ("*",)
     session_header: str = "x-session-id"
     tokenize_in_thread_chars: int = 8192

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from octavo.cluster.ingress.reading.json_text import Emit, copy_value, read_string
-from octavo.cluster.ingress.reading.parts import Answer, CallArguments, CallBegun, Part
+from octavo.cluster.ingress.reading.parts import Answer, CallArguments, CallBegun, Part, Reader
 from octavo.cluster.ingress.reading.tape import CutOff, Malformed, Reads, Tape
 
 # The tools that a request offers: name → JSON Schema of the arguments.
@@ -224,3 +224,14 @@ def _is_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
+
+
+class OneCall:
+    """A Reader that passes on what `reader` reads, but of its calls only the first: the model may not make more."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def push(self, text: str, ended: bool) -> list[Part]:
+        parts = self._reader.push(text, ended)
+        return [part for part in parts if not isinstance(part, (CallBegun, CallArguments)) or part.index == 0]

@@ -16,7 +16,7 @@ from octavo.cluster.ingress.reading.hermes import HermesReader
 from octavo.cluster.ingress.reading.lists import JsonListReader, PhiReader
 from octavo.cluster.ingress.reading.llama import LlamaJsonReader
 from octavo.cluster.ingress.reading.mistral import MistralReader
-from octavo.cluster.ingress.reading.parts import Reader
+from octavo.cluster.ingress.reading.parts import PlainReader, Reader
 from octavo.cluster.ingress.reading.pythonic import PythonicReader
 from octavo.cluster.ingress.reading.qwen_coder import QwenCoderReader
 from octavo.cluster.ingress.reading.thinking import Thinking
@@ -57,6 +57,7 @@ _DEEPSEEK = (deepseek.FIRST, deepseek.BEGIN, deepseek.SEPARATOR, deepseek.END, d
 _TAGS = ("<tool_call>", "</tool_call>")
 
 HERMES = CallFormat("hermes", HermesReader, _HERMES_SHAPE, "<tool_call>", _TAGS)
+NO_CALLS = CallFormat("none", lambda offer: PlainReader())
 # For calls that are enforced where the model's own notation is not known, or is not JSON.
 JSON_LIST = CallFormat(
     "json_list", JsonListReader, Shape('{"name": "{name}", "parameters": ', "}", ", ", first="[", last="]")
@@ -136,7 +137,7 @@ _SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
     (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
     (("<|tool_call|>", "<|/tool_call|>"), "phi4_mini_json"),
-    (("<|python_tag|>", '"parameters": '), "llama3_json"),
+    (('{"name": function name, "parameters": dictionary',), "llama3_json"),
 )
 
 

@@ -210,7 +210,7 @@ BAD = [
     ({"text": None}, "INVALID_ARGUMENT", "prompt"),
     ({"chat": {}}, "INVALID_ARGUMENT", "messages"),
     ({"chat": {"messages": [{"role": "robot", "content": "x"}]}}, "INVALID_ARGUMENT", "messages[0].role"),
-    ({"chat": {"messages": [{"role": "tool", "content": "x"}]}}, "INVALID_ARGUMENT", "messages[0].role"),
+    ({"chat": {"messages": [{"role": "wizard", "content": "x"}]}}, "INVALID_ARGUMENT", "messages[0].role"),
     (
         {"chat": {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{1}}"}},
         "INVALID_ARGUMENT",

@@ -101,7 +101,6 @@ BOTH = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"guided_json": {"type": "object"}}, "guided_json"),
-    ({"use_beam_search": True}, "use_beam_search"),
     ({"kv_transfer_params": {"do_remote_prefill": True}}, "kv_transfer_params"),
 ]
 
@@ -131,13 +130,13 @@ async def test_wrong_fields(harness, path):
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
-        (CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].role"),
-        (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
-        (CHAT, {"functions": [{}]}, "functions"),
-        (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
-        (CHAT, {"include_reasoning": False}, "include_reasoning"),
+        (CHAT, {"functions": [{}]}, "functions[0].name"),
+        (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort"),
+        (CHAT, {"include_reasoning": "no"}, "include_reasoning"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, {"logprobs": 1}, "logprobs"),
         (CHAT, {"top_logprobs": 2}, "top_logprobs"),
@@ -213,7 +212,7 @@ async def test_too_long_for_this_server(harness):
 async def test_neutral_values_of_later_features_are_fine(harness):
     body = {
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True,
-        "guided_json": None, "use_beam_search": False, "length_penalty": 1.0, "include_reasoning": True,
+        "guided_json": None, "include_reasoning": True,
         "modalities": ["text"], "user": "ann", "store": False, "metadata": {"a": "b"}, "n": None, "stop": None,
         "temperature": None, "max_tokens": None, "stream": None, "logit_bias": None,
     }  # fmt: skip
