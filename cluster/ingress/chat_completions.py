@@ -25,7 +25,10 @@ class ChatDialect:
         answer_id: str,
         model: str,
         created: int,
+        prompt_text: str | None = None,
     ) -> None:
+        """prompt_text: what the model got, for a client that wants to see it."""
+        self._prompt_text = prompt_text
         self._body = body
         self._generation = generation
         self._names = names
@@ -36,17 +39,22 @@ class ChatDialect:
         self._usage_null = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
         self._calling: set[int] = set()  # choices in which the model has called a tool
+        choice = body.function_call if body.functions else body.tool_choice
+        self._is_named = choice is not None and choice.mode == "named"
         # echo gives back what the answer continues, so that the client has the turn as one text
         self._echo = body.messages[-1].text if body.echo and body.continue_final_message else ""
 
     def opening(self) -> Iterable[dict[str, Any]]:
         for index in range(len(self._generation.choices)):
-            yield self._chunk(index, {"role": "assistant", "content": self._echo})
+            chunk = self._chunk(index, {"role": "assistant", "content": self._echo})
+            if self._prompt_text is not None and index == 0:
+                chunk["prompt_text"] = self._prompt_text
+            yield chunk
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
         parts = self._read(piece)
         if parts or piece.logprobs or (self._body.return_token_ids and piece.token_ids):
-            chunk = self._chunk(piece.index, _delta(parts))
+            chunk = self._chunk(piece.index, _delta(parts, bool(self._body.functions)))
             choice = chunk["choices"][0]
             choice["logprobs"] = self._logprobs(piece)
             if self._body.return_token_ids:
@@ -73,12 +81,14 @@ class ChatDialect:
         }
         if self._body.return_token_ids:
             reply["prompt_token_ids"] = list(self._generation.prompts[0].token_ids)
+        if self._prompt_text is not None:
+            reply["prompt_text"] = self._prompt_text
         if self._body.prompt_logprobs is not None:
             reply["prompt_logprobs"] = prompt_logprobs(self._generation.prompt_logprobs[0], self._names)
         return reply
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        message = _message(self._read(piece), self._echo)
+        message = _message(_delta(self._read(piece), bool(self._body.functions)), self._echo)
         choice: dict[str, Any] = {
             "index": piece.index,
             "message": message,
@@ -97,10 +107,10 @@ class ChatDialect:
         return parts
 
     def _finish_reason(self, piece: Piece) -> str | None:
-        """After its piece was read."""
-        if piece.finish_reason == "stop" and piece.index in self._calling:
-            return "tool_calls"
-        return piece.finish_reason
+        """After its piece was read. Where the client has named the tool, it is "stop", as OpenAI has it."""
+        if piece.finish_reason != "stop" or piece.index not in self._calling or self._is_named:
+            return piece.finish_reason
+        return "function_call" if self._body.functions else "tool_calls"
 
     def _chunk(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -121,8 +131,11 @@ class ChatDialect:
         return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}
 
 
-def _delta(parts: Sequence[Part]) -> dict[str, Any]:
-    """What a chunk adds. Without any part, an empty text: the chunk carries something else."""
+def _delta(parts: Sequence[Part], as_function: bool) -> dict[str, Any]:
+    """What a chunk adds. Without any part, an empty text: the chunk carries something else.
+
+    as_function: a call in the form that goes with the old `functions`, where there is one at most.
+    """
     delta: dict[str, Any] = {}
     calls: dict[int, dict[str, Any]] = {}
     for part in parts:
@@ -130,26 +143,26 @@ def _delta(parts: Sequence[Part]) -> dict[str, Any]:
             case Answer(text):
                 delta["content"] = delta.get("content", "") + text
             case Reasoning(text):
-                delta["reasoning_content"] = delta.get("reasoning_content", "") + text
+                # under the name that DeepSeek gave it, and vLLM's
+                delta["reasoning_content"] = delta["reasoning"] = delta.get("reasoning", "") + text
             case CallBegun(index, call_id, name):
                 function = {"name": name, "arguments": ""}
                 calls[index] = {"index": index, "id": call_id, "type": "function", "function": function}
             case CallArguments(index, text):
                 call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
                 call["function"]["arguments"] += text
-    if calls:
+    if calls and as_function:
+        delta["function_call"] = calls[0]["function"]
+    elif calls:
         delta["tool_calls"] = list(calls.values())
     return delta or {"content": ""}
 
 
-def _message(parts: Sequence[Part], echo: str) -> dict[str, Any]:
+def _message(delta: dict[str, Any], echo: str) -> dict[str, Any]:
     """The whole answer. As OpenAI has it, content is null where the model has only called tools."""
-    delta = _delta(parts)
-    content = echo + delta.get("content", "")
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if "reasoning_content" in delta:
-        message["reasoning_content"] = delta["reasoning_content"]
+    content: str | None = echo + delta.pop("content", "")
     if calls := delta.get("tool_calls"):
-        message["content"] = content or None
-        message["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
-    return message
+        delta["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+    if "tool_calls" in delta or "function_call" in delta:
+        content = content or None
+    return {"role": "assistant", "content": content, "refusal": None, **delta}

@@ -15,7 +15,7 @@ from octavo.engine.types import TokenLogprobs
 
 
 class CompletionDialect:
-    """`prompt_texts[i]` is what echo puts before the choices of prompt i."""
+    """`prompt_texts[i]` is prompt i, for a client that wants to have it back."""
 
     form = replies.DATA_EVENTS
 
@@ -77,6 +77,8 @@ class CompletionDialect:
             choice["token_ids"] = [] if self._scores else list(piece.token_ids)
             if piece.first:
                 choice["prompt_token_ids"] = list(self._prompt_ids(piece))
+        if body.return_prompt_text and piece.first:
+            choice["prompt_text"] = self._prompt_texts[piece.index // self._generation.n]
         if body.prompt_logprobs is not None and piece.first:
             choice["prompt_logprobs"] = prompt_logprobs(self._of_prompt(piece), self._names)
         return choice

@@ -18,7 +18,8 @@ from octavo.cluster.ingress.visit import Visit
 async def complete(service: Service, body: CompletionBody, visit: Visit) -> Response:
     answer_id = f"cmpl-{body.request_id or visit.request_id}"
     generation = await service.complete(body, visit, answer_id)
-    texts = [await service.text(prompt) for prompt in generation.prompts] if body.echo else []
+    shows_prompts = body.echo or body.return_prompt_text
+    texts = [await service.text(prompt) for prompt in generation.prompts] if shows_prompts else []
     dialect = CompletionDialect(
         body, generation, texts, service.names, answer_id=answer_id, model=service.name, created=int(time.time())
     )
@@ -29,7 +30,13 @@ async def chat(service: Service, body: ChatBody, visit: Visit) -> Response:
     answer_id = f"chatcmpl-{body.request_id or visit.request_id}"
     generation = await service.chat(body, visit, answer_id)
     dialect = ChatDialect(
-        body, generation, service.names, answer_id=answer_id, model=service.name, created=int(time.time())
+        body,
+        generation,
+        service.names,
+        answer_id=answer_id,
+        model=service.name,
+        created=int(time.time()),
+        prompt_text=await service.text(generation.prompts[0]) if body.return_prompt_text else None,
     )
     return answer(service, body.stream, generation, dialect, visit)
 

@@ -6,6 +6,7 @@ import secrets
 from typing import TypeVar
 
 from octavo.cluster.ingress.protocol import ChatBody, CompletionBody, GenerationBody
+from octavo.engine.beam import Beams
 from octavo.engine.errors import RequestError
 from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.params import MAX_LOGPROBS, SamplingParams
@@ -33,8 +34,12 @@ def sampling_params(
     _check_top("prompt_logprobs", prompt_logprobs)
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs cannot be streamed.", "prompt_logprobs")
+    beams = None if only_scores(body) else beams_of(body)
+    if beams is not None:  # the model's authors recommend how to draw, and nothing is drawn
+        defaults = GenerationDefaults(max_tokens=defaults.max_tokens)
     params = SamplingParams(
         n=_or(body.n, 1),
+        beams=beams,
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, _or(defaults.repetition_penalty, 1.0)),
@@ -61,6 +66,25 @@ def sampling_params(
         structured_outputs=structured,
     )
     return params if params.seed is not None else params.replace(seed=secrets.randbits(63))
+
+
+def beams_of(body: GenerationBody) -> Beams | None:
+    """How to search, if the body asks for it: for the n best of beam_width beams (best_of in completions), which is n if
+    not given. Raises RequestError."""
+    if not body.use_beam_search:
+        return None
+    if body.stream:
+        raise RequestError("Beam search cannot be streamed: all of its answer comes at the end.", "stream")
+    width = body.beam_width
+    if width is None and isinstance(body, CompletionBody):
+        width = body.best_of
+    return Beams(_or(width, _or(body.n, 1)), _or(body.length_penalty, 1.0), _or(body.early_stopping, False))
+
+
+def num_sequences(body: GenerationBody) -> int:
+    """How many are computed side by side for each prompt."""
+    beams = beams_of(body)
+    return _or(body.n, 1) if beams is None else beams.width
 
 
 def only_scores(body: GenerationBody) -> bool:

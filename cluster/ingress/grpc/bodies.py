@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from octavo.cluster.ingress.protocol import Beyond, ChatBody, CompletionBody, Message, TokenizeBody, body_of
+from octavo.cluster.wire import beams_from_proto
 from octavo.engine.errors import RequestError
 from octavo.protos.octavo.v1 import inference_pb2
 
@@ -34,6 +35,10 @@ def generation_body(request: Any) -> CompletionBody | ChatBody:
         **_given(params, _OF_PARAMS),
         **{name: list(getattr(params, name)) for name in _LISTS if getattr(params, name)},
     }
+    if params.HasField("beams"):
+        beams = beams_from_proto(params.beams)
+        values |= {"use_beam_search": True, "beam_width": beams.width}
+        values |= {"length_penalty": beams.length_penalty, "early_stopping": beams.early_stopping}
     fill_context = params.HasField("max_tokens") and params.max_tokens == 0
     if not fill_context:
         values |= _given(params, ("max_tokens",))
