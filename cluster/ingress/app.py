@@ -25,6 +25,8 @@ from octavo.cluster.ingress.forms import in_form
 from octavo.cluster.ingress.gate import Gate
 from octavo.cluster.ingress.messages import endpoint as messages
 from octavo.cluster.ingress.messages.body import CountTokensBody, MessagesBody
+from octavo.cluster.ingress.pooling.paths import BODIES as POOLING_BODIES
+from octavo.cluster.ingress.pooling.paths import add_pooling_paths
 from octavo.cluster.ingress.prompts import check_ids
 from octavo.cluster.ingress.protocol import (
     AnyBody,
@@ -51,6 +53,7 @@ BODIES: Mapping[str, type[Body]] = {
     "/v1/responses/input_tokens": InputBody,
     "/v1/messages": MessagesBody,
     "/v1/messages/count_tokens": CountTokensBody,
+    **POOLING_BODIES,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -78,6 +81,7 @@ def create_app(services: Sequence[Service]) -> FastAPI:
     _generation_paths(app, catalog)
     _responses_paths(app, catalog, Responses(settings.max_stored_bytes))
     _messages_paths(app, catalog)
+    add_pooling_paths(app, catalog, _read, _visit)
     _token_paths(app, catalog)
     _model_paths(app, catalog)
     _operator_paths(app, catalog)
@@ -256,14 +260,14 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 def _describe_bodies(app: FastAPI) -> None:
     """Put the request bodies, which the paths read themselves, into the OpenAPI document."""
-    _, definitions = models_json_schema(
-        [(kind, "validation") for kind in BODIES.values()], ref_template="#/components/schemas/{model}"
-    )
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = generate()
+            _, definitions = models_json_schema(
+                [(kind, "validation") for kind in BODIES.values()], ref_template="#/components/schemas/{model}"
+            )
             document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
             for path, kind in BODIES.items():
                 schema = {"$ref": f"#/components/schemas/{kind.__name__}"}

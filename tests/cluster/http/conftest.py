@@ -20,11 +20,14 @@ from octavo.engine.text.byte_tokenizer import ByteTokenizer
 SETTINGS = {"served_model_names": ("scripted", "other-name"), "created": 1234}
 
 
+def application(client, **settings):
+    return create_app([Service(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())])
+
+
 @contextlib.asynccontextmanager
 async def without_socket(client, **settings):
     """An httpx client that talks to the application directly."""
-    app = create_app([Service(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())])
-    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    transport = httpx.ASGITransport(application(client, **settings), raise_app_exceptions=True)
     async with httpx.AsyncClient(transport=transport, base_url="http://octavo") as http:
         yield http
 
@@ -32,7 +35,7 @@ async def without_socket(client, **settings):
 @contextlib.contextmanager
 def listening(client, send_buffer=None, **settings):
     """The application under uvicorn on a port of 127.0.0.1; → its URL."""
-    app = create_app([Service(IngressSettings(**{**SETTINGS, **settings}), client, ByteTokenizer())])
+    app = application(client, **settings)
     listener = socket.socket()
     if send_buffer is not None:  # the accepted sockets get it too
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -60,6 +63,7 @@ def harness():
         Client = ScriptedClient
         info = INFO
         logprobs_of = staticmethod(logprobs_of)
+        app = staticmethod(application)
         http = staticmethod(without_socket)
         server = staticmethod(listening)
         events = staticmethod(events)
