@@ -161,7 +161,5 @@ def guess_call_format(template: str) -> CallFormat | None:
 
 
 def guess_thinking(template: str) -> Thinking | None:
-    """How the model marks thoughts, if the chat template speaks of it."""
-    if "</think>" not in template:
-        return None
-    return THINKING["qwen3" if "enable_thinking" in template else "deepseek_r1"]
+    """How the model marks thoughts, if the chat template speaks of it; whether there is one, prompts and answers show."""
+    return THINKING["think"] if "<think>" in template or "</think>" in template else None
