@@ -49,6 +49,11 @@ async def streamed(api, **body):
         return events, await stream.get_final_response()
 
 
+async def read_to_the_end(stream, events):
+    async for event in stream:
+        events.append(event)
+
+
 def prompt(client, number=-1):
     """What the model was given."""
     text = ByteTokenizer().decode(client.seen[number].prompt_token_ids, skip_special_tokens=False)
@@ -385,10 +390,9 @@ async def test_counted_input_tokens_are_those_of_the_prompt(harness):
 async def test_an_error_in_a_stream_is_raised(harness):
     client = harness.Client(fail_after=(3, ReplicaLost("The replica is gone.")))
     async with talking(harness, client) as api:
-        events = []
+        stream, events = await api.responses.create(model="scripted", input="Hi", stream=True), []
         with pytest.raises(openai.APIError, match="The replica is gone"):
-            async for event in await api.responses.create(model="scripted", input="Hi", stream=True):
-                events.append(event)  # noqa: PERF401 - those before the error
+            await read_to_the_end(stream, events)
     failed = events[-1]
     assert (failed.type, failed.response.status) == ("response.failed", "failed")
     assert failed.response.error.message == "The replica is gone."
