@@ -29,6 +29,7 @@ from octavo.cluster.token_sender import TokenChannel, TokenSender
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.errors import OctavoError, RankLost, StepError
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.prompts import pooling_request
 from octavo.engine.types import EngineInfo, EngineStats, RankStatus, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -114,15 +115,22 @@ class EngineReplica:
         self._supervisor.start()
 
     async def first_token(self) -> None:
-        """Generate one token: only then is a replica worth calling ready. Raises RankLost or StepError."""
-        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
-        self._loop.submit(Request(FIRST_TOKEN, (self._info.vocab_size // 2,), params))
+        """Generate one token, or whatever the model is for: only then is a replica worth calling ready.
+
+        Raises RankLost or StepError.
+        """
+        prompt, pooling = (self._info.vocab_size // 2,), self._info.pooling
+        if pooling.generates:
+            params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
+            self._loop.submit(Request(FIRST_TOKEN, prompt, params))
+        else:
+            self._loop.submit(pooling_request(FIRST_TOKEN, prompt, pooling.usual()))
         try:
             async with asyncio.timeout(self._step_timeout_s):
                 delta = await self._first_token
         except TimeoutError:
             raise RankLost(f"The engine has not generated its first token in {self._step_timeout_s:g} s.") from None
-        if delta.finish_reason != "length":
+        if delta.finish_reason != "length" and delta.pooled is None:
             raise StepError(f"The engine could not generate its first token: {delta.error}")
 
     async def generate(self, data: bytes, _call: None = None) -> bytes:

@@ -164,7 +164,7 @@ def run(config: DeploymentConfig, options: ServerOptions, started: float) -> int
             infos = {model.name: _engine_info(model) for model in config.models}
             with start_up.phase("first token"):
                 for model in config.models:
-                    _first_token(config, model, options)
+                    _first_token(config, model, options, infos[model.name])
             _announce(console, config, options, start_up, infos, dashboard)
             code = _watch(signals.stop)
             console.print("octavo: stopping; requests in progress may finish")
@@ -291,10 +291,12 @@ def _engine_info(model: ModelConfig) -> EngineInfo:
     return wire.info_from_proto(tokens_pb2.EngineInfo.FromString(data))
 
 
-def _first_token(config: DeploymentConfig, model: ModelConfig, options: ServerOptions) -> None:
+def _first_token(config: DeploymentConfig, model: ModelConfig, options: ServerOptions, info: EngineInfo) -> None:
     """Ask the server itself: what is announced has been seen to work."""
-    body = {"model": model.name, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
-    request = urllib.request.Request(f"{options.url}/v1/completions", json.dumps(body).encode())
+    path, fields = _example(info)
+    if info.pooling.generates:
+        path, fields = "/v1/completions", {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    request = urllib.request.Request(f"{options.url}{path}", json.dumps({"model": model.name, **fields}).encode())
     request.add_header("Content-Type", "application/json")
     if config.api_key:
         request.add_header("Authorization", f"Bearer {config.api_key[0]}")
@@ -306,6 +308,13 @@ def _first_token(config: DeploymentConfig, model: ModelConfig, options: ServerOp
         raise ConfigError(f"The server is up, but its first answer was an error: {error.read().decode()}") from None
     except OSError as error:
         raise ConfigError(f"The server is up, but {options.url} cannot be reached: {error}") from None
+
+
+def _example(info: EngineInfo) -> tuple[str, dict[str, Any]]:
+    """The path, and a body without the model's name, of what the model is for."""
+    if info.pooling.generates:
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
+    return "/classify" if info.pooling.classifies else "/v1/embeddings", {"input": "Hello!"}
 
 
 def _announce(
@@ -332,9 +341,10 @@ def _announce(
         console.print(f"Ray dashboard at {dashboard} (`ray get-auth-token` prints its token)")
     key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
     name = config.models[0].name
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
+    path, fields = _example(infos[name])
+    body = json.dumps({"model": name, **fields})
     console.print(
-        f"  curl {options.url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'",
+        f"  curl {options.url}{path} {key}-H 'Content-Type: application/json' -d '{body}'",
         markup=False,
         soft_wrap=True,
     )

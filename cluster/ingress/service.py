@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -17,6 +17,7 @@ from octavo.cluster.ingress.admission import Admission
 from octavo.cluster.ingress.client import EngineClient, ReplicaLost
 from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.logprobs import TokenNames
+from octavo.cluster.ingress.pooling.bodies import PoolingBody
 from octavo.cluster.ingress.prompts import Prompt, PromptMaker
 from octavo.cluster.ingress.protocol import Body, ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from octavo.cluster.ingress.reading.reading import Reading
@@ -27,7 +28,7 @@ from octavo.cluster.ingress.structured import structured_of
 from octavo.cluster.ingress.tools import tools_of
 from octavo.cluster.ingress.visit import Places, Visit
 from octavo.cluster.observability.metrics import IngressMetrics
-from octavo.cluster.observability.traces import NO_TRACER, Asked, Tracer
+from octavo.cluster.observability.traces import NO_TRACER, Asked, Operation, Tracer
 from octavo.engine.errors import CapacityError, RequestError
 from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.text.bad_words import bad_words_token_ids
@@ -116,7 +117,7 @@ class Service:
     async def check_ready(self) -> None:
         """Raises ReplicaLost unless a replica that is there now has generated a token since it started."""
         engines = await self.stats()
-        if engines and not any(engine.generation_tokens for engine in engines.values()):
+        if engines and not any(engine.generation_tokens or engine.first_tokens for engine in engines.values()):
             raise ReplicaLost(f"No replica of {self.name} has generated a token yet.")
 
     def check(self, body: Body) -> None:
@@ -131,7 +132,7 @@ class Service:
 
     async def complete(self, body: CompletionBody, visit: Visit, answer_id: str) -> Generation:
         """What continues the prompts, not begun yet. `answer_id`: what the client will know the answer by."""
-        self._trace(visit, "text_completion", body.model)
+        self.trace(visit, "text_completion", body.model)
         info = await self._admit(body)
         if body.suffix:
             raise RequestError("suffix is not supported: the models served here cannot fill in the middle.", "suffix")
@@ -143,7 +144,7 @@ class Service:
 
     async def chat(self, body: ChatBody, visit: Visit, answer_id: str) -> Generation:
         """What answers the conversation, not begun yet."""
-        self._trace(visit, "chat", body.model)
+        self.trace(visit, "chat", body.model)
         info = await self._admit(body)
         self._check_choices(num_sequences(body))
         prompt = await self.prompts.of_chat(body, body, info.max_model_len)
@@ -186,11 +187,13 @@ class Service:
         """What answers call the model."""
         return self.settings.served_model_names[0]
 
-    def _trace(self, visit: Visit, operation: Literal["chat", "text_completion"], model: str | None) -> None:
+    def trace(self, visit: Visit, operation: Operation, model: str | None) -> None:
+        """The visit is a request for the model: its picture begins here."""
         asked = Asked(operation, model or self.name, visit.request_id, visit.arrival_time, visit.headers)
         visit.trace = self._tracer.begin(asked)
 
-    async def _admit(self, body: GenerationBody) -> EngineInfo:
+    async def admit(self, body: GenerationBody | PoolingBody) -> EngineInfo:
+        """Let a request in that will keep an engine busy. Raises CapacityError, RequestError."""
         metrics = await self.metrics()
         self.check(body)
         try:
@@ -209,9 +212,17 @@ class Service:
                 raise RequestError(f"{name} must be a string of 1 to {MAX_NAME_CHARS} characters.", name)
         if body.priority is not None and abs(body.priority) > MAX_PRIORITY:
             raise RequestError(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}.", "priority")
+        return await self.info()
+
+    async def _admit(self, body: GenerationBody) -> EngineInfo:
+        info = await self.admit(body)
+        if not info.pooling.generates:
+            raise RequestError(
+                f"The model {self.name!r} generates no text: it is served for embeddings, scores or classes.", "model"
+            )
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options needs stream to be true.", "stream_options")
-        return await self.info()
+        return info
 
     @staticmethod
     def _stream_interval(body: GenerationBody) -> int:

@@ -15,10 +15,9 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from octavo.cluster.ingress.errors import TimedOut
-from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.presence import ClientGone
 from octavo.cluster.observability.access_log import AccessRecord
-from octavo.cluster.observability.traces import NO_TRACE, Trace
+from octavo.cluster.observability.traces import NO_TRACE, Generated, Trace
 from octavo.engine.errors import CapacityError
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII without blanks: fit for a header and a log line
@@ -33,7 +32,7 @@ class Visit:
     headers: Mapping[str, str] = field(default_factory=dict)
     session_id: str | None = None
     record: AccessRecord = field(default_factory=AccessRecord)
-    trace: Trace = NO_TRACE  # of a request that generates
+    trace: Trace = NO_TRACE  # of a request that generates or pools
 
     @asynccontextmanager
     async def time_limit(self, timeout_s: float | None) -> AsyncIterator[None]:
@@ -46,12 +45,12 @@ class Visit:
             raise TimedOut(f"The request took longer than the {timeout_s:g} s allowed.") from None
 
     @contextmanager
-    def recorded(self, generation: Generation) -> Iterator[None]:
+    def recorded(self, generation: Generated) -> Iterator[None]:
         """Writes into the access record and the trace, at the end, what came of the generation."""
         record = self.record
         try:
             yield
-            record.outcome = generation.choices[-1].finish_reason
+            record.outcome = generation.finish_reasons[-1]
         except ClientGone as error:
             record.outcome = "client gone"
             self.trace.failed(error)

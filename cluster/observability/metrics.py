@@ -83,6 +83,12 @@ class IngressMetrics:
         if params.max_tokens is not None:
             self._max_tokens.observe(params.max_tokens)
 
+    def pooled(self, reason: str, prompt_tokens: int, e2e_s: float) -> None:
+        """A prompt that nothing was generated from is done, or is not to be."""
+        self._prompt.observe(prompt_tokens)
+        self._success_by[reason].inc()
+        self._e2e.observe(e2e_s)
+
     def first_token(self, ttft_s: float) -> None:
         self._ttft.observe(ttft_s)
 

@@ -15,12 +15,15 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import FinishReason, PhaseTimes
 
+# As OpenTelemetry calls them, where it has a name.
+Operation = Literal["chat", "text_completion", "embeddings", "score", "rerank", "classify", "pooling"]
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A client's request as it comes in. headers: HTTP's or gRPC's, names in lower case. arrival_time: monotonic."""
 
-    operation: Literal["chat", "text_completion"]
+    operation: Operation
     model: str
     request_id: str
     arrival_time: float

@@ -48,6 +48,10 @@ class PoolingInfo:
         """Whether it reads two texts together and says with one number how well they fit (a cross-encoder)."""
         return len(self.labels) == 1
 
+    def usual(self) -> PoolingParams:
+        """What it is most likely asked for, of those things that pool; resolved."""
+        return self.resolve(PoolingParams(task="classify" if self.classifies else "embed"))
+
     def resolve(self, params: PoolingParams) -> PoolingParams:
         """`params` with the model's own way in place of what they leave open. Raises RequestError, naming the field,
         for what the model cannot do."""
@@ -63,7 +67,7 @@ class PoolingInfo:
 
     def _check_classify(self, params: PoolingParams) -> None:
         if not self.classifies:
-            raise RequestError("This model has no classes: it cannot classify.", "task")
+            raise RequestError("This model has no classes: it cannot classify.", "model")
         for name in ("dimensions", "normalize"):
             if getattr(params, name) is not None:
                 raise RequestError(f"{name} is for embeddings, not for classes.", name)
@@ -72,7 +76,7 @@ class PoolingInfo:
 
     def _check_embed(self, params: PoolingParams) -> None:
         if not self.embeds:
-            raise RequestError("This model is served for its classes: it does not embed.", "task")
+            raise RequestError("This model gives no embeddings: it is served for something else.", "model")
         size = params.dimensions
         if size is None or size == self.embedding_size:
             return

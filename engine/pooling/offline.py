@@ -70,7 +70,7 @@ class OfflinePooling:
             return [_as(each, ScoringOutput(each.outputs.data[0])) for each in found]
         if not self.info.pooling.embeds:
             labels = len(self.info.pooling.labels)
-            raise RequestError(f"This model tells {labels} classes apart: it cannot score pairs of texts.", "task")
+            raise RequestError(f"This model tells {labels} classes apart: it cannot score pairs of texts.", "model")
         embedded = self.embed([*first, *second], params, advance)
         ones, others = embedded[: len(first)], embedded[len(first) :]
         return [_cosine(ones[place], other) for place, other in zip(places, others, strict=True)]

@@ -1,0 +1,100 @@
+"""Batch: the engine requests of one client request that pools, run side by side.
+
+Knows engines through EngineClient. Does not know bodies or replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from octavo.cluster.ingress.client import EngineClient
+from octavo.cluster.ingress.errors import Interrupted
+from octavo.cluster.observability.metrics import IngressMetrics
+from octavo.cluster.observability.traces import NO_JOURNEY, Trace
+from octavo.engine.errors import CapacityError, RequestError, StepError
+from octavo.engine.types import FinishReason, Request, TokenDelta
+
+# Of one client request in the engines at a time: a step's worth, while other clients find room in their queues.
+SIDE_BY_SIDE = 256
+TRACED = 16  # prompts of a request whose way is drawn; thousands would bury the picture
+
+
+class Batch:
+    """`run` gives one vector per request. What else is here is for the access log and traces, final once it has ended.
+
+    names: what errors call the requests' prompts.
+    """
+
+    num_completion_tokens = 0
+    ttft_s: float | None = None
+
+    def __init__(
+        self,
+        client: EngineClient,
+        metrics: IngressMetrics,
+        requests: Sequence[Request],
+        names: Sequence[str],
+        arrival_time: float,
+        trace: Trace,
+    ) -> None:
+        self.requests = requests
+        self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.num_cached_tokens = 0
+        self.finish_reasons: tuple[FinishReason | None, ...] = (None,)
+        self._client, self._metrics, self._names = client, metrics, names
+        self._arrival_time, self._trace = arrival_time, trace
+
+    async def run(self) -> list[bytes]:
+        """float32 values, little-endian, of each request in order. The first that fails ends all."""
+        places = asyncio.Semaphore(SIDE_BY_SIDE)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._in_place(places, number)) for number in range(len(self.requests))]
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        self.finish_reasons = ("stop",)
+        return [task.result() for task in tasks]
+
+    async def _in_place(self, places: asyncio.Semaphore, number: int) -> bytes:
+        async with places:
+            return await self._pool(number)
+
+    async def _pool(self, number: int) -> bytes:
+        request, reason = self.requests[number], "error"
+        journey = self._trace.journey(number) if number < TRACED else NO_JOURNEY
+        try:
+            async with aclosing(self._client.generate(request, journey)) as deltas:
+                async for delta in deltas:
+                    if delta.finish_reason is not None:
+                        self.num_cached_tokens += delta.num_cached_tokens
+                        pooled = _vector(delta)
+                        reason = "stop"
+                        return pooled
+            raise Interrupted("The engine ended the request early; it may be tried again.")
+        except CapacityError:
+            self._metrics.rejected("max_num_queued_reqs")
+            raise
+        except RequestError as error:
+            raise RequestError(f"{self._names[number]}: {error.message}", self._names[number]) from None
+        except asyncio.CancelledError:
+            reason = "abort"
+            raise
+        finally:
+            journey.ended()
+            self._metrics.pooled(reason, len(request.prompt_token_ids), time.monotonic() - self._arrival_time)
+
+
+def _vector(delta: TokenDelta) -> bytes:
+    if delta.pooled is not None:
+        return delta.pooled
+    if delta.finish_reason == "abort":
+        raise Interrupted("The engine ended the request early; it may be tried again.")
+    raise StepError(delta.error or "The engine failed on this request.")
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    found = errors.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found
