@@ -19,6 +19,7 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.core.plan import StepPlan, StepResult
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
+from octavo.engine.process.masks import MaskSource
 from octavo.engine.requests import make_request
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import TokenDelta
@@ -94,9 +95,9 @@ class _TimedRunner:
         runner.model.logits = self._watch.around(runner.model.logits)
         self.model_s: dict[int, float] = {}
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MaskSource) -> StepResult:
         self._watch.seconds = 0.0
-        result: StepResult = self._runner.execute(plan)
+        result: StepResult = self._runner.execute(plan, masks)
         self.model_s[plan.step_id] = self._watch.seconds
         return result
 

@@ -49,8 +49,8 @@ class EngineLoop:
             raise RankLost(f"The engine has failed: {self.failure}")
         if self._stopping:
             raise CapacityError("The engine is shutting down.", retry_after_s=5)
-        self.core.scheduler.check(request)
-        self.core.scheduler.check_room(sum(kind == "add" for kind, _ in tuple(self._inbox)))
+        self.core.check_request(request)
+        self.core.check_room(sum(kind == "add" for kind, _ in tuple(self._inbox)))
         with self._lock:
             self._live.add(request.request_id)
         self._inbox.append(("add", request))

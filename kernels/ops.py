@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from octavo.kernels.matrix import Matrix
-from octavo.kernels.sampling import Draws, Logprobs, Peaks
+from octavo.kernels.sampling import Draws, Logprobs, Masks, Peaks
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +156,11 @@ class Embedding(Protocol):
         """Outputs ids [T] int64 of a weight [N, K] of a single matrix, as numbers: [T, K] in dtype."""
 
 
+class MaskLogits(Protocol):
+    def __call__(self, logits: torch.Tensor, masks: Masks) -> None:
+        """-inf for every token of the masks' rows whose bit is 0. logits: [R, V] float32 contiguous. In place."""
+
+
 class FindPeaks(Protocol):
     def __call__(self, logits: torch.Tensor) -> Peaks:
         """The largest of logits [R, V] float32 contiguous, per row and per block."""
@@ -220,6 +225,7 @@ class Ops:
     pack_linear: PackLinear
     linear: Linear
     embedding: Embedding
+    mask_logits: MaskLogits
     find_peaks: FindPeaks
     draw: Draw
     take_logprobs: TakeLogprobs

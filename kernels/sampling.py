@@ -33,6 +33,16 @@ class Peaks:
 
 
 @dataclass(frozen=True, slots=True)
+class Masks:
+    """What N rows of a step may draw. rows: [N] host, their places in the batch, each once. bits: [N, ceil(V / 32)]
+    int32 contiguous, on the device of the logits: token t is bit t % 32 of word t // 32.
+    """
+
+    rows: Ints
+    bits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Draws:
     """How N rows of a step are drawn. Host arrays [N], contiguous.
 

@@ -24,8 +24,8 @@ from octavo.engine.types import TokenLogprobs
 class NewSequence:
     """A sequence that enters a slot: admitted for the first time, forked, or resumed after preemption.
 
-    `token_ids`: all its known tokens (prompt, then generated ones). `blocks`: the block table's beginning,
-    which others have computed; `table_edits` of the same plan append to it.
+    `token_ids`: all its known tokens (prompt, then generated ones). `blocks`: the block table, as far as it goes;
+    `table_edits` of the same plan may say some of it again.
     `seed`: 64-bit key of its draws, already unique to the sequence. `stop_token_ids`: every token that would end it
     (the model's end tokens unless ignored, and the request's), masked by the sampler until `params.min_tokens` are out.
     `pooling`: no token is ever drawn; the row that reaches the end of the prompt brings the pooled vector instead.
@@ -48,7 +48,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `write_from`: KV of positions below it is there already (shared or cached) and must not be written.
     `samples`: the row reaches the newest token, so a token is drawn from its last position; it is stored as the token
     at position start + num_tokens. `prompt_logprobs`: the number of top candidates to return for each of the row's
-    positions that predicts a prompt token; None = none.
+    positions that predicts a prompt token; None = none. `masked`: the step's TokenMasks say what may be drawn.
     """
 
     slot: int
@@ -57,6 +57,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     write_from: int
     samples: bool
     prompt_logprobs: int | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,17 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
+
+
+class TokenMasks(msgspec.Struct, frozen=True, array_like=True):
+    """What the masked rows of a step may draw, in their order. Known only once the tokens before are, so it comes
+    behind the plan, while that is computed.
+
+    Each row is ceil(V / 32) * 4 bytes, token t being bit t % 8 of byte t // 8; or none: everything is allowed.
+    """
+
+    step_id: int
+    rows: tuple[bytes, ...]
 
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True):

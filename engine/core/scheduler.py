@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from octavo.engine.core.beams import BeamGroup
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.budgets import Budget
-from octavo.engine.core.plan import NewSequence, Row, RowResult, StepPlan, StepResult
+from octavo.engine.core.constraints import Constraint, Grammar
+from octavo.engine.core.plan import NewSequence, Row, RowResult, StepPlan, StepResult, TokenMasks
 from octavo.engine.core.policy import policy
 from octavo.engine.core.queue import WaitingQueue
 from octavo.engine.core.seeds import sequence_seed
@@ -64,6 +65,7 @@ class _Draft:
     rows: list[Row] = field(default_factory=list)
     known: list[tuple[int, int, int]] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)  # of the rows
+    awaits_masks: bool = False
 
 
 class Scheduler:
@@ -83,6 +85,7 @@ class Scheduler:
         self._released: list[int] = []  # slots whose sequence left since the last plan
         self._step = 0
         self._order = 0
+        self._mask_bytes = -(-limits.vocab_size // 32) * 4
         self._num_waiting = 0
         self._waiting_tokens = 0
         self._counters = dict.fromkeys(
@@ -91,8 +94,9 @@ class Scheduler:
 
     # ── requests in and out ───────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, request: Request) -> list[TokenDelta]:
-        """Queue a request. Raises RequestError if it can never run, CapacityError if the queue is full.
+    def add(self, request: Request, grammar: Grammar | None = None) -> list[TokenDelta]:
+        """Queue a request, of whose outputs `grammar` says the form. Raises RequestError if it can never run,
+        CapacityError if the queue is full.
 
         Returns the ends of resumed sequences whose tokens so far are all there will be; as a rule none.
         """
@@ -103,9 +107,16 @@ class Scheduler:
             return []
         live: list[Sequence] = []
         ended: list[TokenDelta] = []
+        form = request.params.structured_outputs
         for sequence in self._sequences_of(request, request.sequences):
+            error = None
+            if grammar is not None and form is not None:
+                sequence.constraint = Constraint(grammar, form.begins_after, sequence.tokens[sequence.num_prompt :])
+                error = sequence.constraint.error
             reason, stop_reason = self._end_of(sequence) if sequence.num_output else (None, None)
-            if reason is None:
+            if error is not None:
+                ended.append(TokenDelta(request.request_id, sequence.index, (), finish_reason="error", error=error))
+            elif reason is None:
                 sequence.join(live)
                 self._count_waiting(sequence, +1)
                 live.append(sequence)
@@ -173,6 +184,8 @@ class Scheduler:
         if len(set(indices)) < len(indices) or any(not 0 <= index < params.n for index in indices):
             raise RequestError(f"resume must name sequences 0 … {params.n - 1}, each once.", "resume")
         params.check_vocab(limits.vocab_size)
+        if params.beams is not None and params.structured_outputs is not None:
+            raise RequestError("Beam search cannot be had with structured output.", "structured_outputs")
         if params.beams is not None and params.beams.width > limits.vocab_size - len(self._stops_of(params)):
             raise RequestError(f"The model has no {params.beams.width} tokens for as many beams to go on with.", "n")
         for name in ("logprobs", "prompt_logprobs"):
@@ -354,7 +367,8 @@ class Scheduler:
     def _enter(self, sequence: Sequence, draft: _Draft) -> None:
         """Tell the ranks what is in the sequence's slot from now on."""
         sequence.num_told = len(sequence.tokens)
-        sequence.is_forked = False
+        if sequence.is_beam:
+            sequence.is_forked, sequence.leader = False, None  # the leader goes its own way from now on
         draft.new.append(
             NewSequence(
                 slot=sequence.slot,
@@ -372,7 +386,7 @@ class Scheduler:
     def _existing_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
         """Blocks that hold the KV of the sequence's beginning, and how many positions that is."""
         leader = sequence.leader
-        if sequence.is_beam and leader is not None and leader.blocks and leader.num_computed >= sequence.num_shared:
+        if sequence.is_beam and leader is not None and leader.has_copies(sequence.num_shared, self._step):
             return leader.blocks[: self._blocks_for(sequence.num_shared)], sequence.num_shared
         prompt_is_there = leader is not None and len(leader.blocks) > 0 and leader.num_computed >= leader.num_prompt
         if leader is not None and prompt_is_there and sequence.num_output == 0:
@@ -399,14 +413,16 @@ class Scheduler:
                 write_from=sequence.kv_from,
                 samples=samples,
                 prompt_logprobs=sequence.request.params.prompt_logprobs if wants_prompt else None,
+                masked=samples and sequence.constraint is not None,
             )
         )
         draft.sequences.append(sequence)
-        if self.limits.stages > 1 or sequence.is_beam:
+        draft.awaits_masks |= draft.rows[-1].masked
+        if sequence.num_told < len(sequence.tokens):
             told = range(sequence.num_told, len(sequence.tokens))
             draft.known.extend((sequence.slot, position, sequence.tokens[position]) for position in told)
             sequence.num_told = len(sequence.tokens)
-        sequence.planned_at = draft.step_id
+        sequence.planned_at, sequence.planned_from = draft.step_id, start
         sequence.num_computed += count
         sequence.num_pending += samples
         self._name_blocks(sequence)
@@ -465,7 +481,10 @@ class Scheduler:
         for sequence, row, got in zip(draft.sequences, draft.rows, result.rows, strict=True):
             if sequence.state is State.FINISHED:
                 continue  # ended after this step was planned: its tokens are surplus
-            sequence.num_pending -= row.samples
+            if row.samples:
+                if row.start + row.num_tokens < len(sequence.tokens):
+                    continue  # its token was forced meanwhile: what was drawn for it is surplus
+                sequence.num_pending -= 1
             if sequence.prompt_logprobs is not None:
                 at = row.start + 1
                 sequence.prompt_logprobs[at : at + len(got.prompt_logprobs)] = got.prompt_logprobs
@@ -478,6 +497,24 @@ class Scheduler:
             elif got.token_ids:
                 deltas.append(self._take_tokens(sequence, got))
         return deltas
+
+    def due_masks(self) -> Iterator[TokenMasks]:
+        """The masks of launched steps, in their order, as far as the tokens before them are known. Each comes once; a
+        step's are due at the latest when the step before it has been committed or has failed."""
+        for draft in self._launched:
+            if not draft.awaits_masks:
+                continue
+            masked = [(row, s) for row, s in zip(draft.rows, draft.sequences, strict=True) if row.masked]
+            if any(row.start + row.num_tokens > len(s.tokens) for row, s in masked if s.state is not State.FINISHED):
+                return
+            draft.awaits_masks = False
+            yield TokenMasks(draft.step_id, tuple(self._mask(row, s) for row, s in masked))
+
+    def _mask(self, row: Row, sequence: Sequence) -> bytes:
+        if sequence.state is State.FINISHED or row.start + row.num_tokens < len(sequence.tokens):
+            return b""  # whatever it draws is surplus
+        assert sequence.constraint is not None
+        return sequence.constraint.mask(self._mask_bytes)
 
     def fail(self, message: str) -> list[TokenDelta]:
         """The oldest launched step failed: its sequences end with an error, the others go on."""
@@ -492,31 +529,49 @@ class Scheduler:
 
     def _take_tokens(self, sequence: Sequence, got: RowResult) -> TokenDelta:
         first = sequence.num_output == 0
-        count = 0
+        begin = len(sequence.tokens)
         reason: FinishReason | None = None
         stop_reason: int | None = None
-        for token in got.token_ids:
-            sequence.tokens.append(token)
-            count += 1
+        for token in self._with_forced(sequence, got.token_ids):
+            sequence.append(token)
             reason, stop_reason = self._end_of(sequence)
             if reason:
                 break
+        count = len(sequence.tokens) - begin
+        error = sequence.constraint.error if sequence.constraint is not None else None
+        if error is not None:
+            reason, stop_reason = "error", None
         self._counters["generation_tokens"] += count
         self._name_blocks(sequence)
         prompt_logprobs = sequence.prompt_logprobs if first else None
         delta = TokenDelta(
             request_id=sequence.request.request_id,
             index=sequence.index,
-            token_ids=got.token_ids[:count],
+            token_ids=tuple(sequence.tokens[begin:]),
             logprobs=got.logprobs[:count],
             finish_reason=reason,
             stop_reason=stop_reason,
             num_cached_tokens=sequence.num_cached,
             prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+            error=error,
         )
         if reason:
             self._finish(sequence, reason)
         return delta
+
+    def _with_forced(self, sequence: Sequence, drawn: Seq[int]) -> Iterator[int]:
+        """The drawn tokens, each to be appended before the next is asked for, and those that are forced behind them."""
+        yield from drawn
+        if self.limits.stages == 1 and not sequence.is_beam:
+            sequence.num_told = len(sequence.tokens)  # the rank that drew them is the one that needs them
+        if sequence.may_jump:
+            assert sequence.constraint is not None
+            sequence.forget_pending()
+            kept = self._blocks_for(max(sequence.num_computed, sequence.kv_from))
+            self.pool.release(sequence.blocks[kept:])
+            del sequence.blocks[kept:]
+            while sequence.constraint.forced:
+                yield sequence.constraint.forced[0]
 
     def _end_of(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
         """Whether the newest token ends the sequence: (finish reason, stop reason)."""
@@ -524,6 +579,8 @@ class Scheduler:
         if token in sequence.stop_token_ids and sequence.num_output >= params.min_tokens:
             own_stop = token not in self.limits.eos_token_ids or params.ignore_eos
             return "stop", token if own_stop else None
+        if sequence.constraint is not None and sequence.constraint.ended:
+            return "stop", None
         return ("length" if len(sequence.tokens) >= sequence.max_total else None), None
 
     def _finished(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
@@ -566,6 +623,7 @@ class Scheduler:
         for move in keepers:
             move.member.tokens.append(move.token)
             if move.member.state is State.PARKED:
+                move.member.leader = None
                 self._wait(move.member)
             else:
                 self._name_blocks(move.member)

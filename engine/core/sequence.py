@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from octavo.engine.core.constraints import LEAST_JUMP, Constraint
 from octavo.engine.core.policy import Key
 from octavo.engine.core.prefix import next_name, root_name
 from octavo.engine.types import FinishReason, Request, Resumed, TokenLogprobs
@@ -27,6 +28,7 @@ class Sequence:
 
     kv_from:    positions below it have their KV already (prefix hit or fork): they are not written again
     blocks:     block table; covers num_computed positions, never a whole block more
+    constraint: what its form allows next; None = it has none
     names:      names of the leading full blocks whose tokens are known
     slot:       place in the ranks' buffers while running, else -1
     leader:     the first sample of the request, whose prompt blocks this one may share; None for that sample itself.
@@ -37,7 +39,7 @@ class Sequence:
     is_forked:  of a running beam: its slot is to be entered anew, with the tokens and blocks of another
     held_back:  of a leader: the samples that wait until its prompt is computed
     num_told:   tokens of its slot that every stage of the pipeline has; not kept with one stage
-    planned_at: number of the newest step with a row of it
+    planned_at: number of the newest step with a row of it, which began at position planned_from
     num_given:  tokens known on arrival: the prompt, and what a resumed sequence had generated elsewhere
     num_cached: prompt tokens whose KV was there at the first admission
     """
@@ -46,6 +48,7 @@ class Sequence:
         "_named",
         "admitted",
         "blocks",
+        "constraint",
         "finish_reason",
         "held_back",
         "index",
@@ -65,6 +68,7 @@ class Sequence:
         "num_told",
         "params",
         "planned_at",
+        "planned_from",
         "prompt_logprobs",
         "request",
         "seed",
@@ -102,7 +106,7 @@ class Sequence:
         self.num_computed = 0
         self.num_pending = 0
         self.num_told = 0
-        self.planned_at = 0
+        self.planned_at = self.planned_from = 0
         self.kv_from = 0
         self.blocks: list[int] = []
         self.names: list[bytes] = []
@@ -111,6 +115,7 @@ class Sequence:
         self.admitted = False
         self.num_cached = 0
         self.finish_reason: FinishReason | None = None
+        self.constraint: Constraint | None = None
         # They travel with the first token: a sequence that is resumed behind one has delivered them.
         scores = request.params.prompt_logprobs is not None and wanted == Resumed(0)
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] * self.num_prompt if scores else None
@@ -144,6 +149,34 @@ class Sequence:
         """A running beam that has forked from another goes on with that one's blocks, in its own slot."""
         self.enter(blocks, num_kv, num_shared_full)
         self.is_forked = True
+
+    def has_copies(self, num_kv: int, step: int) -> bool:
+        """Whether the KV of the first `num_kv` positions can be copied before `step` computes anything."""
+        done = self.planned_from if self.planned_at == step else self.num_computed
+        return bool(self.blocks) and done >= num_kv
+
+    def append(self, token: int) -> None:
+        """A token became known."""
+        self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.follow(token)
+
+    @property
+    def may_jump(self) -> bool:
+        """Whether tokens that are forced may be had without a draw, and enough of them are there for that to pay. Where
+        draws leave a trace (log probabilities, counts for penalties), each must be made."""
+        params = self.request.params
+        return (
+            self.constraint is not None
+            and len(self.constraint.forced) >= LEAST_JUMP
+            and params.logprobs is None
+            and not params.needs_penalties
+        )
+
+    def forget_pending(self) -> None:
+        """What steps in flight will draw is not wanted: other tokens follow the known ones."""
+        self.num_pending = 0
+        self.num_computed = min(self.num_computed, len(self.tokens))
 
     @property
     def reads_cache(self) -> bool:

@@ -14,16 +14,18 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import OctavoError, StepError
+from octavo.engine.process.masks import MaskBox, MaskSource
 from octavo.engine.types import RankStatus
 
 
 class Executes(Protocol):
     """A rank's runner."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step. Any exception fails the step, and that step alone."""
+    def execute(self, plan: StepPlan, masks: MaskSource) -> StepResult:
+        """Compute one step, whose masks are to be had from `masks` at some time. Any exception fails the step, and that
+        step alone."""
 
 
 def rank_thread() -> ThreadPoolExecutor:
@@ -38,9 +40,13 @@ class InProcess:
         self._runner = runner
         self._thread = thread
         self._launched: deque[Future[StepResult]] = deque()
+        self._masks = MaskBox()
 
     def launch(self, plan: StepPlan) -> None:
-        self._launched.append(self._thread.submit(self._runner.execute, plan))
+        self._launched.append(self._thread.submit(self._runner.execute, plan, self._masks))
+
+    def constrain(self, masks: TokenMasks) -> None:
+        self._masks.put(masks)
 
     def collect(self) -> StepResult:
         try:
@@ -57,4 +63,5 @@ class InProcess:
         return (RankStatus(rank=0, stage=0, tp_rank=0, pid=os.getpid()),)
 
     def close(self) -> None:
+        self._masks.close()
         self._thread.shutdown(wait=True, cancel_futures=True)

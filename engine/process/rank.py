@@ -15,20 +15,25 @@ import select
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from octavo.engine.build import Phases
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
 from octavo.engine.process.channel import ChannelClosed, Line, dial
 from octavo.engine.process.inproc import Executes
+from octavo.engine.process.masks import MaskSource
 from octavo.engine.process.watchdog import BEAT_S, STARTING_S, Watchdog
 from octavo.engine.types import EngineInfo
+
+if TYPE_CHECKING:
+    from octavo.engine.runner.fake import FakeRunner
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +145,35 @@ def _live(spec: RankSpec, line: Line, pulse: Pulse) -> None:
 
 def _execute_plans(line: Line, pulse: Pulse, runner: Executes, answers: bool) -> None:
     """Until Stop. answers: this rank's results are the replica's; the others' are known to be the same, or empty."""
-    while isinstance(message := line.receive(), wire.Step):
+    plans = _Plans(line)
+    while (plan := plans.next()) is not None:
         pulse.begin_step()
-        result = runner.execute(message.plan)
+        result = runner.execute(plan, plans)
         pulse.end_step()
         if answers:
             line.send(wire.Done(result))
+
+
+class _Plans:
+    """Plans as they come, and the masks of the one that is computed: a MaskSource."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._passed: deque[wire.ToRank] = deque()  # what came before the masks that were waited for
+
+    def next(self) -> StepPlan | None:
+        """None: no more."""
+        while True:
+            message = self._passed.popleft() if self._passed else self._line.receive()
+            if not isinstance(message, wire.Masks):  # masks that nobody has asked for are of a step that failed
+                return message.plan if isinstance(message, wire.Step) else None
+
+    def take(self, step_id: int) -> TokenMasks:
+        while not isinstance(message := self._line.receive(), wire.Masks) or message.masks.step_id < step_id:
+            if isinstance(message, wire.Stop):
+                raise ChannelClosed("the driver stopped")
+            self._passed.append(message)
+        return message.masks
 
 
 def _report(line: Line, error: Exception) -> None:
@@ -251,7 +279,9 @@ class FakePart:
     def allocate(self, num_blocks: int, max_model_len: int) -> Executes:
         from octavo.engine.build import fake_runner
 
-        return _Paced(fake_runner(self._spec.config, self.info, self._spec.layout.pp))
+        layout = self._spec.layout
+        draws = layout.place(self._spec.rank)[0] == layout.pp - 1
+        return _Paced(fake_runner(self._spec.config, self.info, layout.pp), draws)
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -260,10 +290,10 @@ class FakePart:
 class _Paced:
     """Takes as long for a step as the fake says it does."""
 
-    def __init__(self, runner: Executes) -> None:
-        self._runner = runner
+    def __init__(self, runner: FakeRunner, draws: bool) -> None:
+        self._runner, self._draws = runner, draws
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        result = self._runner.execute(plan)
+    def execute(self, plan: StepPlan, masks: MaskSource) -> StepResult:
+        result = self._runner.execute(plan, masks if self._draws else None)
         time.sleep(result.seconds)
         return result

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 from octavo.engine.build import Phases
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
@@ -117,6 +117,7 @@ class Ranks:
         threads: int | None = None,
     ) -> None:
         self._layout, self._launcher, self._deadlines = layout, launcher, deadlines
+        self._drawing = [layout.rank(layout.pp - 1, tp_rank) for tp_rank in range(layout.tp)]  # who draws tokens
         self._ranks = [_Rank(rank_name(i, layout)) for i in range(layout.size)]
         token = secrets.token_hex(16)
         self._hub = Hub(launcher.host, layout.size, token)
@@ -160,6 +161,10 @@ class Ranks:
         self._in_flight += 1
         if self._lost is None:
             self._hub.broadcast(wire.Step(plan))
+
+    def constrain(self, masks: TokenMasks) -> None:
+        if self._lost is None:
+            self._hub.broadcast(wire.Masks(masks), self._drawing)
 
     def collect(self) -> StepResult:
         while not self._results:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
 from octavo.engine.types import EngineInfo
 
 
@@ -40,6 +40,12 @@ class Step(_Message, frozen=True, array_like=True, tag=True):
     """To all: execute a plan."""
 
     plan: StepPlan
+
+
+class Masks(_Message, frozen=True, array_like=True, tag=True):
+    """To the ranks of the last stage: what a step they have, or will have next, may draw."""
+
+    masks: TokenMasks
 
 
 class Stop(_Message, frozen=True, array_like=True, tag=True):
@@ -103,7 +109,7 @@ class Failed(_Message, frozen=True, array_like=True, tag=True):
     message: str
 
 
-ToRank = Host | Begin | Allocate | Step | Stop
+ToRank = Host | Begin | Allocate | Step | Masks | Stop
 ToDriver = Hello | Hosting | Phase | Built | Ready | Beat | Done | Failed
 
 to_rank = msgspec.msgpack.Decoder(ToRank)

@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
+from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import ConfigError
 from octavo.engine.params import SamplingParams
 from octavo.engine.pooling.params import PoolingParams
+from octavo.engine.process.masks import MaskSource
+from octavo.engine.runner.fake_choice import choose
 from octavo.engine.types import RankStatus, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -122,10 +124,17 @@ class FakeRunner:
         self._candidates = candidates
         self._slots: dict[int, _Slot] = {}
         self._kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._launched: deque[StepPlan] = deque()
+        self._masks = _Masks()
         self._done: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan) -> None:
-        self._done.append(self.execute(plan))
+        self._launched.append(plan)
+        self._go_on()
+
+    def constrain(self, masks: TokenMasks) -> None:
+        self._masks.put(masks)
+        self._go_on()
 
     def collect(self) -> StepResult:
         result = self._done.popleft()
@@ -142,7 +151,14 @@ class FakeRunner:
     def close(self) -> None:
         self._slots.clear()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def _go_on(self) -> None:
+        """Execute what was launched, up to a plan whose masks are not there."""
+        while self._launched and (self._launched[0].step_id in self._masks or not _is_masked(self._launched[0])):
+            plan = self._launched.popleft()
+            self._done.append(self.execute(plan, self._masks))
+
+    def execute(self, plan: StepPlan, masks: MaskSource | None = None) -> StepResult:
+        """masks: None on a rank that does not draw tokens."""
         for slot in plan.released:
             del self._slots[slot]
         for new in plan.new:
@@ -159,6 +175,7 @@ class FakeRunner:
             )
         for slot, position, token in plan.known:
             tokens = self._slots[slot].tokens
+            del self._slots[slot].states[position:]
             assert position <= len(tokens), f"slot {slot}: a token for {position}, but {len(tokens)} are here"
             tokens[position:] = [token]  # in place of the one drawn here, if any: a beam's is chosen elsewhere
         for slot, index, block in plan.table_edits:
@@ -168,7 +185,8 @@ class FakeRunner:
             self._kv[destination] = list(self._kv[source])
         for row in plan.rows:
             self._write_kv(row)
-        results = tuple(self._compute(row) for row in plan.rows)
+        given = iter(masks.take(plan.step_id).rows if masks is not None and _is_masked(plan) else ())
+        results = tuple(self._compute(row, next(given, b"") if row.masked else b"") for row in plan.rows)
         return StepResult(plan.step_id, results, self._cost.seconds(plan))
 
     def _write_kv(self, row: Row) -> None:
@@ -182,7 +200,7 @@ class FakeRunner:
             block, offset = divmod(position, self._block_size)
             self._kv[slot.table[block]][offset] = slot.states[position]
 
-    def _compute(self, row: Row) -> RowResult:
+    def _compute(self, row: Row, mask: bytes) -> RowResult:
         slot = self._slots[row.slot]
         end = row.start + row.num_tokens
         if self._verify:
@@ -204,6 +222,12 @@ class FakeRunner:
         while end - slot.num_prompt < slot.params.min_tokens and token in slot.stop_token_ids:
             key = mix(key, token)
             token = self._next_token(key)
+        if mask:
+            num_output = end - slot.num_prompt
+            never = slot.stop_token_ids if num_output < slot.params.min_tokens else ()
+            token = choose(key, mask, token, num_output, slot.stop_token_ids, never)
+            if token < 0:
+                return RowResult(error="No token is left to draw: the masks exclude them all.")
         del slot.tokens[end:]
         if self._stages == 1:
             slot.tokens.append(token)
@@ -218,6 +242,26 @@ class FakeRunner:
         values = dict(found)
         tokens, best = zip(*found[: None if count < 0 else count], strict=True)
         return TokenLogprobs((token, *tokens), (values[token], *best), 1 + list(values).index(token))
+
+
+class _Masks:
+    """Masks that have come, by step: a MaskSource."""
+
+    def __init__(self) -> None:
+        self._come: dict[int, TokenMasks] = {}
+
+    def __contains__(self, step_id: int) -> bool:
+        return step_id in self._come
+
+    def put(self, masks: TokenMasks) -> None:
+        self._come[masks.step_id] = masks
+
+    def take(self, step_id: int) -> TokenMasks:
+        return self._come.pop(step_id)
+
+
+def _is_masked(plan: StepPlan) -> bool:
+    return any(row.masked for row in plan.rows)
 
 
 def _pool(slot: _Slot) -> bytes:

@@ -19,10 +19,12 @@ from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.parallel.mesh import Group
 from octavo.engine.pooling.worker import Pooler
+from octavo.engine.process.masks import NO_MASKS, MaskSource
 from octavo.engine.runner.buffers import Buffers, StepInputs
 from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool
 from octavo.engine.runner.logprobs import prompt_logprobs
+from octavo.engine.runner.masks import to_masks
 from octavo.engine.runner.sampler import Sampler
 from octavo.engine.runner.sampling_state import SamplingState
 from octavo.engine.runner.stage import Stage
@@ -89,7 +91,7 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MaskSource = NO_MASKS) -> StepResult:
         started = time.perf_counter()
         self._apply(plan)
         inputs = self.buffers.inputs(plan.rows, self.device)
@@ -98,7 +100,7 @@ class Runner:
         hidden = self.forward(inputs)
         results: tuple[RowResult, ...] = ()
         if self.stage.is_last:
-            results = self._draw(plan.rows, inputs, hidden)
+            results = self._draw(plan, inputs, hidden, masks)
         else:
             self.stage.send(hidden)
         return StepResult(plan.step_id, results, time.perf_counter() - started)
@@ -118,9 +120,12 @@ class Runner:
             for key_cache, value_cache in self.pool.caches:
                 self.ops.copy_blocks(key_cache, value_cache, pairs)
 
-    def _draw(self, rows: Sequence[Row], inputs: StepInputs, hidden: torch.Tensor) -> tuple[RowResult, ...]:
+    def _draw(
+        self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor, masks: MaskSource
+    ) -> tuple[RowResult, ...]:
         """Draw a token for each row that samples; log probabilities of prompt tokens, and pooled vectors, where asked
         for."""
+        rows = plan.rows
         prompt = {i: self._prompt_logprobs(row, inputs, hidden, i) for i, row in enumerate(rows) if _wants_prompt(row)}
         pooled = self.pooler.pool(rows, inputs.last, hidden)
         sampling = np.flatnonzero([row.samples for row in rows])
@@ -129,8 +134,10 @@ class Runner:
             if len(sampling) < len(hidden):  # else each row is one token, and samples
                 hidden = hidden[torch.from_numpy(inputs.last[sampling]).to(self.device)]
             slots, positions = inputs.slots[sampling], inputs.ends[sampling]
-            logits = self.vocab.gather(self.model.local_logits(hidden), slots, positions, self.sampling)
-            sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens)
+            masked = np.flatnonzero([rows[i].masked for i in sampling.tolist()])
+            logits = self.vocab.gather(self.model.local_logits(hidden), slots, positions, self.sampling, masked)
+            allowed = to_masks(masks.take(plan.step_id), masked, self.device) if len(masked) else None
+            sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens, allowed)
             self.buffers.store(slots, positions, sampled.token_ids)
             drawn = sampled.to_host()
         if len(drawn) == len(rows) and not prompt:

@@ -1,6 +1,7 @@
 """The sampler of one rank: a step's logits in, one token per row out, all rows at once.
 
-The order is vLLM's: log probabilities from the raw logits; allowed tokens; bad words; min_tokens; logit bias;
+The order is vLLM's: log probabilities from the raw logits; what the form of the output allows (masks from the core);
+allowed tokens; bad words; min_tokens; logit bias;
 penalties; then the greedy choice, or temperature, min_p, top_k, top_p and the draw. A stage no row of the step needs
 is not entered, which the host knows from the slots' state without asking the device. What reads whole rows of logits
 is an op (octavo.kernels.ops).
@@ -20,10 +21,11 @@ from octavo.engine.runner.logprobs import to_token_logprobs
 from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.engine.types import TokenLogprobs
 from octavo.kernels.ops import Ops
-from octavo.kernels.sampling import Logprobs, Peaks
+from octavo.kernels.sampling import Logprobs, Masks, Peaks
 
 _NOT_FINITE = "The model's logits are not finite numbers."
-_NOTHING_LEFT = "No token is left to draw: the masks (allowed_token_ids, bad_words, min_tokens) exclude them all."
+_MASKS = "structured_outputs, allowed_token_ids, bad_words, min_tokens"
+_NOTHING_LEFT = f"No token is left to draw: the masks ({_MASKS}) exclude them all."
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Sampler:
         positions: Sequence[int] | Ints,
         state: SamplingState,
         tokens: torch.Tensor,
+        masks: Masks | None = None,
     ) -> SampledTokens:
         """Draw a token for each of R rows, and count it where penalties are on.
 
@@ -78,8 +81,10 @@ class Sampler:
         rows = state.rows(slots, positions)
         asking = np.flatnonzero(rows.logprobs != NO_LOGPROBS)
         raw = _select(logits, asking) if len(asking) else None
-        if raw is logits and _edits(rows, state):
+        if raw is logits and (masks is not None or _edits(rows, state)):
             raw = logits.clone()
+        if masks is not None:
+            self._ops.mask_logits(logits, masks)
         _edit(logits, rows, state, tokens)
         peaks = self._ops.find_peaks(logits)
         drawn = self._choose(logits, peaks, rows, state)

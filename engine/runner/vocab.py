@@ -26,6 +26,8 @@ from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, Samplin
 from octavo.kernels.ops import Ops
 from octavo.kernels.sampling import BLOCK
 
+NO_ROWS = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class _Kinds:
@@ -57,17 +59,23 @@ class VocabGather:
         self.bytes_received = 0
 
     def gather(
-        self, local: torch.Tensor, slots: Sequence[int] | Ints, positions: Sequence[int] | Ints, state: SamplingState
+        self,
+        local: torch.Tensor,
+        slots: Sequence[int] | Ints,
+        positions: Sequence[int] | Ints,
+        state: SamplingState,
+        masked: Ints = NO_ROWS,
     ) -> torch.Tensor:
         """local: [R, V of this rank] float32 → [R, V] float32, on which the sampler draws what it would from all of the
-        logits. slots, positions: as `Sampler.sample` has them. The result is overwritten by the next call.
+        logits. slots, positions: as `Sampler.sample` has them. masked: rows that masks will be put on. The result is
+        overwritten by the next call.
 
         On CUDA, waits for the device if there are rows with top_k.
         """
         if self._group.size == 1:
             return local
         rows = state.rows(slots, positions)
-        kinds = self._kinds(rows, state)
+        kinds = self._kinds(rows, state, masked)
         everyone = self._exchange(self._pack(local, kinds))
         out = self._cleared(len(local), local.device)
         at = 0
@@ -79,10 +87,11 @@ class VocabGather:
             self._put_whole(out, again, crowded, 0)
         return out
 
-    def _kinds(self, rows: Rows, state: SamplingState) -> _Kinds:
+    def _kinds(self, rows: Rows, state: SamplingState, masked: Ints) -> _Kinds:
         top_k = state.top_k(rows)
         few = rows.greedy | (2 * (top_k + 1) < self._narrowest)
         narrow = few & ~state.edits(rows) & (rows.logprobs == NO_LOGPROBS)
+        narrow[masked] = False
         candidates = np.flatnonzero(narrow & ~rows.greedy)
         return _Kinds(np.flatnonzero(narrow & rows.greedy), candidates, np.flatnonzero(~narrow), top_k[candidates])
 

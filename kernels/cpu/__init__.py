@@ -21,7 +21,7 @@ from octavo.kernels.cpu.pack import PackedLinear, pack
 from octavo.kernels.cpu.row_attention import row_attention
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
-from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Peaks
+from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Masks, Peaks
 
 __all__ = ["Body", "load"]
 
@@ -324,6 +324,19 @@ class Body:
             get_num_threads(),
         )
         return out
+
+    def mask_logits(self, logits: Tensor, masks: Masks) -> None:
+        rows, words = masks.bits.shape
+        self._call(
+            "mask_logits",
+            _float32(logits),
+            masks.rows.ctypes.data,
+            masks.bits.data_ptr(),
+            rows,
+            logits.shape[1],
+            words,
+            get_num_threads(),
+        )
 
     def find_peaks(self, logits: Tensor) -> Peaks:
         rows, vocab = logits.shape

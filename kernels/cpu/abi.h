@@ -194,5 +194,6 @@ struct EmbeddingArguments {
 OCTAVO_API void octavo_embedding(const EmbeddingArguments* of) { embedding(of->matrix, of->out, of->ids, of->count); }
 
 OCTAVO_API void octavo_find_peaks(const FindPeaks* of) { find_peaks(*of); }
+OCTAVO_API void octavo_mask_logits(const MaskLogits* of) { mask_logits(*of); }
 OCTAVO_API void octavo_draw(const Draw* of) { draw(*of); }
 OCTAVO_API void octavo_take_logprobs(const TakeLogprobs* of) { take_logprobs(*of); }

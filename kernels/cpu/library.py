@@ -44,6 +44,7 @@ FIELDS: dict[str, str] = {
     "gelu_tanh": "2q5q",
     "linear": "4q13q",
     "embedding": "3q17q",
+    "mask_logits": "3q4q",
     "find_peaks": "4q3q",
     "draw": "10q3q",
     "take_logprobs": "6q4q",

@@ -368,6 +368,46 @@ inline void draw(const Draw& a) {
     each_row(a.count, a.vocab, a.threads, [&](int64_t i, int threads) { a.token_ids[i] = draw_row(a, i, threads); });
 }
 
+struct MaskLogits {
+    float* logits;
+    const int64_t* rows;
+    const uint32_t* bits;  // [count, words], token t is bit t % 32 of word t / 32
+    int64_t count, vocab, words, threads;
+};
+
+// -inf in place of those of 32 logits, or of the first n of them, whose bit is 0.
+inline void mask_word(float* x, uint32_t bits, int64_t n) {
+    if (bits == ~0u) return;
+#if defined(__AVX512F__)
+    uint32_t drop = ~bits & (n < 32 ? (1u << n) - 1 : ~0u);
+    __m512 none = _mm512_set1_ps(-INFINITE);
+    _mm512_mask_storeu_ps(x, (__mmask16)drop, none);
+    _mm512_mask_storeu_ps(x + 16, (__mmask16)(drop >> 16), none);
+#else
+    if (n < 32) {
+        for (int64_t i = 0; i < n; i++)
+            if (!(bits >> i & 1)) x[i] = -INFINITE;
+        return;
+    }
+    vi lanes;
+    for (int i = 0; i < W; i++) lanes[i] = 1 << i;
+    for (int i = 0; i < 32; i += W) {
+        vi kept = ((vi{} + (int32_t)(bits >> i)) & lanes) != 0;
+        store(x + i, kept ? load(x + i) : splat(-INFINITE));
+    }
+#endif
+}
+
+inline void mask_logits(const MaskLogits& a) {
+    each_row(a.count, a.vocab, a.threads, [&](int64_t i, int threads) {
+        float* x = a.logits + a.rows[i] * a.vocab;
+        share_rows((a.vocab + 31) / 32, 32, threads, [&](int64_t first, int64_t last) {
+            for (int64_t w = first; w < last; w++)
+                mask_word(x + w * 32, a.bits[i * a.words + w], std::min<int64_t>(32, a.vocab - w * 32));
+        });
+    });
+}
+
 struct TakeLogprobs {
     const float* logits;
     const int64_t* token_ids;

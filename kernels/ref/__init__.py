@@ -8,7 +8,7 @@ from octavo.kernels.ref.cache import copy_blocks, write_kv
 from octavo.kernels.ref.linear import embedding, linear, pack_linear
 from octavo.kernels.ref.norm import add_rms_norm, rms_norm
 from octavo.kernels.ref.rotary import rotary
-from octavo.kernels.ref.sampling import draw, find_peaks, take_logprobs
+from octavo.kernels.ref.sampling import draw, find_peaks, mask_logits, take_logprobs
 
 __all__ = [
     "add_rms_norm",
@@ -20,6 +20,7 @@ __all__ = [
     "gelu_tanh",
     "gelu_tanh_and_mul",
     "linear",
+    "mask_logits",
     "pack_linear",
     "paged_attention",
     "rms_norm",

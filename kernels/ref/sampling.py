@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Peaks
+from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Masks, Peaks
 
 # Elements worked on at a time, so that memory beyond the logits stays bounded.
 _PIECE = 1 << 24
@@ -30,6 +30,16 @@ def find_peaks(logits: torch.Tensor) -> Peaks:
     block = maxima.argmax(dim=-1)
     token_ids = block * BLOCK + blocks[rows, block].argmax(dim=-1)
     return Peaks(maxima, top, token_ids.masked_fill_(~top.isfinite(), 0))
+
+
+def mask_logits(logits: torch.Tensor, masks: Masks) -> None:
+    vocab = logits.shape[1]
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    step = max(1, _PIECE // vocab)
+    for first in range(0, len(masks.rows), step):
+        rows = torch.from_numpy(masks.rows[first : first + step]).to(logits.device)
+        allowed = (masks.bits[first : first + step, :, None] >> places) & 1
+        logits[rows] = logits[rows].masked_fill_(allowed.flatten(1)[:, :vocab] == 0, -torch.inf)
 
 
 def draw(logits: torch.Tensor, peaks: Peaks, draws: Draws) -> torch.Tensor:

@@ -141,10 +141,10 @@ class Broken:
         fault, number = self.fault, self.number
 
         class Runner:
-            def execute(self, plan):
+            def execute(self, plan, masks):
                 if part._spec.rank == number and plan.step_id == 5:
                     fault()
-                return inner.execute(plan)
+                return inner.execute(plan, masks)
 
         return Runner()
 

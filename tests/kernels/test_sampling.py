@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from octavo.engine.runner.philox import uniforms
 from octavo.kernels import cpu, ref
 from octavo.kernels.cpu.library import runnable
-from octavo.kernels.sampling import BLOCK, Draws
+from octavo.kernels.sampling import BLOCK, Draws, Masks
 
 EPS = 2e-6  # of probability: float32 weights, summed
 BODIES = ["ref", *runnable()]
@@ -371,3 +371,19 @@ def test_extreme_temperatures(body: Any, temperature: float):
     else:
         assert set(tokens.tolist()) == set(range(1, 64, 2))
         assert math.isclose(tokens.float().mean().item(), 32, abs_tol=3)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 100, 1000, 49152])
+def test_masks_leave_what_they_allow_and_nothing_else(body, vocab):
+    rng = np.random.default_rng(vocab)
+    logits = logits_like(rng, 5, vocab, 3.0, False)
+    logits[1, 0] = torch.nan
+    before = logits.clone()
+    rows = np.array([4, 1, 2])
+    words = -(-vocab // 32)
+    bits = rng.integers(0, 1 << 32, (3, words), np.uint32) | rng.choice(np.uint32([0, 0xFFFFFFFF]), (3, words))
+    body.mask_logits(logits, Masks(rows, torch.from_numpy(bits.view(np.int32))))
+    allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :vocab].astype(bool)
+    for row, keeps in zip(rows, torch.from_numpy(allowed), strict=True):
+        before[row] = torch.where(keeps, before[row], -torch.inf)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
