@@ -39,17 +39,55 @@ def form_of_calls(
     if answer is not None:
         if answer.kind not in ("json", "json_object"):
             return answer
-        return StructuredOutputs(grammar=writer.only_calls(tools, _answer_schema(answer)))
+        schema = _answer_schema(answer)
+        if shape.first or not shape.begin.startswith("{"):
+            return StructuredOutputs(grammar=writer.only_calls(tools, json.dumps(schema, ensure_ascii=False)))
+        return StructuredOutputs(json=_call_or_answer(tools, shape, schema))
     if notation.trigger and any(tool.strict for tool in tools.tools):
         return StructuredOutputs(grammar=writer.calls_in_text(tools, notation.trigger))
     return None
 
 
-def _answer_schema(answer: StructuredOutputs) -> str:
+def _answer_schema(answer: StructuredOutputs) -> dict[str, Any]:
     schema: Any = json.loads(answer.json) if answer.json is not None else {"type": "object"}
-    if answer.disable_any_whitespace and isinstance(schema, dict):
-        schema = {**schema, "x-guidance": _TIGHT}
-    return json.dumps(schema, ensure_ascii=False)
+    if not isinstance(schema, dict):
+        schema = {} if schema else {"not": {}}
+    return {**schema, "x-guidance": _TIGHT} if answer.disable_any_whitespace else schema
+
+
+def _call_or_answer(tools: Tools, shape: Shape, answer: Mapping[str, Any]) -> str:
+    """One JSON Schema for both, where calls are bare JSON: a grammar cannot tell a call's beginning from the answer's. It
+    has place for one call.
+    """
+    arguments = "parameters" if '"parameters"' in shape.begin else "arguments"
+    schemas = {f"call_{number}": tool.schema for number, tool in enumerate(tools.tools)} | {"answer": answer}
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, arguments: {"$ref": f"#/$defs/call_{number}"}},
+            "required": ["name", arguments],
+            "additionalProperties": False,
+        }
+        for number, tool in enumerate(tools.tools)
+    ]
+    whole = {
+        "anyOf": [*calls, {"$ref": "#/$defs/answer"}],
+        "$defs": {name: _moved(schema, f"#/$defs/{name}") for name, schema in schemas.items()},
+    }
+    return json.dumps(whole, ensure_ascii=False)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema as it must be when it stands at `place`: references into itself begin there."""
+    if isinstance(schema, Mapping):
+        return {
+            key: place + value[1:]
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else _moved(value, place)
+            for key, value in schema.items()
+            if key != "x-guidance"
+        }
+    return [_moved(item, place) for item in schema] if isinstance(schema, list) else schema
 
 
 class _Writer:

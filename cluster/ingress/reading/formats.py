@@ -161,5 +161,5 @@ def guess_call_format(template: str) -> CallFormat | None:
 
 
 def guess_thinking(template: str) -> Thinking | None:
-    """How the model marks thoughts, if the chat template speaks of it; whether there is one, prompts and answers show."""
+    """How the model marks thoughts, if the chat template speaks of it. Whether there is one, prompt and answer show."""
     return THINKING["think"] if "<think>" in template or "</think>" in template else None
