@@ -126,6 +126,7 @@ class CountTokensBody(VendorBody):
         "container": ("Running code", _NOTHING),
         "mcp_servers": ("Calling MCP servers for the client", _NOTHING),
         "context_management": ("Editing the context", _NOTHING),
+        "thread": ("A conversation held by the server", _NOTHING),
     }
     without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT | {
         "betas",

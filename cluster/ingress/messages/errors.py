@@ -20,4 +20,6 @@ _TYPES = {
 def enveloped(failure: Failure, request_id: str) -> Failure:
     kind = _TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
     error = {"type": kind, "message": failure.body["error"]["message"]}
+    if failure.body["error"]["param"] == "thread":  # tells the client's tool runner to send whole conversations instead
+        error["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return Failure(failure.status, {"type": "error", "error": error, "request_id": request_id}, failure.headers)
