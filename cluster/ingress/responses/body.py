@@ -18,7 +18,11 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
-class MessageItem(_Part):
+class _Item(_Part):
+    id: str | None = None
+
+
+class MessageItem(_Item):
     """Something said. An assistant's message is the model's own."""
 
     type: Literal["message"] = "message"
@@ -26,7 +30,7 @@ class MessageItem(_Part):
     content: Content
 
 
-class FunctionCallItem(_Part):
+class FunctionCallItem(_Item):
     """The model's call of a function. `arguments`: JSON text."""
 
     type: Literal["function_call"]
@@ -35,7 +39,7 @@ class FunctionCallItem(_Part):
     arguments: str
 
 
-class FunctionCallOutputItem(_Part):
+class FunctionCallOutputItem(_Item):
     """What the function gave."""
 
     type: Literal["function_call_output"]
@@ -48,7 +52,7 @@ class ReasoningText(_Part):
     text: str
 
 
-class ReasoningItem(_Part):
+class ReasoningItem(_Item):
     """What the model thought: in `content`, or in `summary` where that was asked for."""
 
     type: Literal["reasoning"]

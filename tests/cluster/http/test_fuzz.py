@@ -6,11 +6,15 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from octavo.cluster.ingress.messages.body import BLOCKS, MessagesBody
 from octavo.cluster.ingress.protocol import NOT_YET, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from octavo.cluster.ingress.responses.body import ITEMS, ResponsesBody
 
 PATHS = {
     "/v1/completions": (CompletionBody, {"prompt": "Hi", "max_tokens": 5}),
     "/v1/chat/completions": (ChatBody, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}),
+    "/v1/responses": (ResponsesBody, {"input": "Hi"}),
+    "/v1/messages": (MessagesBody, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}),
     "/tokenize": (TokenizeBody, {"prompt": "Hi"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
 }
@@ -44,8 +48,28 @@ def requests(draw):
     return path, {**body, **draw(st.dictionaries(names, VALUES, max_size=3))}
 
 
+FIELDS = ["id", "name", "call_id", "arguments", "output", "input", "tool_use_id", "thinking", "summary", "is_error"]
+
+
+@st.composite
+def conversations(draw):
+    """Items and blocks that have something wrong with them, or not."""
+    kinds = st.sampled_from([*ITEMS, *(kind for known in BLOCKS.values() for kind in known), "input_text"])
+    parts = st.dictionaries(st.sampled_from(["text", "content", *FIELDS]), VALUES, max_size=4)
+    typed = st.builds(lambda kind, part: {**part, "type": kind}, kinds, parts)
+    content = st.lists(typed, max_size=3) | VALUES
+    turns = st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["user", "assistant", "system", "developer", "tool"]),
+        content,
+    )
+    if draw(st.booleans()):
+        return "/v1/responses", {"input": draw(st.lists(typed | turns, max_size=4))}
+    return "/v1/messages", {"max_tokens": 5, "messages": draw(st.lists(turns, max_size=4))}
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(requests())
+@given(requests() | conversations())
 def test_any_body(harness, drawn):
     path, body = drawn
 
