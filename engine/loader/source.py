@@ -122,5 +122,5 @@ def _cached(source: Source, folder: Path, download_dir: str | None) -> Path | No
 
 
 def _as_preset(preset: Preset, source: Source, path: Path) -> ModelSource:
-    is_gguf = isinstance(source, PackageMember) or source.file is not None
+    is_gguf = not source.is_folder if isinstance(source, PackageMember) else source.file is not None
     return ModelSource("gguf" if is_gguf else "folder", path, preset.name, preset.served_model_name)
