@@ -246,7 +246,9 @@ def _import_engine(config: EngineConfig) -> tuple[tuple[str, float], ...]:
 
 def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) -> IngressSettings:
     """`name`: what the model is called unless the configuration says otherwise. Raises ConfigError."""
-    limits = config.limits
+    from octavo.engine.loader.presets import load_presets
+
+    limits, preset = config.limits, load_presets().get(model.engine.model)
     return IngressSettings(
         served_model_names=model.served_model_name or (name,),
         model_source=model.engine.model,
@@ -260,6 +262,9 @@ def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) ->
         start_timeout_s=model.autoscaling.start_timeout_s if model.autoscaling else 0.0,
         request_timeout_s=limits.request_timeout_s,
         chat_template=_chat_template(model.chat_template),
+        tool_call_parser=model.tool_call_parser or (preset.tool_call_parser if preset else None),
+        reasoning_parser=model.reasoning_parser or (preset.reasoning_parser if preset else None),
+        enable_auto_tool_choice=model.enable_auto_tool_choice,
         trust_request_chat_template=config.trust_request_chat_template,
         allowed_origins=config.allowed_origins,
         session_header=model.routing.session_header,

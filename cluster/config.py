@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from octavo.cluster.ingress.reading.formats import call_format, thinking
 from octavo.cluster.ingress.settings import MIB
 from octavo.cluster.values import parse_bytes, read_yaml, section, typed
 from octavo.engine.config import EngineConfig
@@ -162,6 +163,9 @@ class ModelConfig:
     step_timeout_s: a replica that finishes no step for so long, though there is work, is replaced. Must be above the
         longest step there can be. hang_timeout_s: the same for a process that shows no sign of life at all.
     chat_template: Jinja source in place of the model's own, or a file with it.
+    tool_call_parser: how the model writes calls of tools; reasoning_parser: how it marks its thoughts. None = what its
+        preset or its chat template shows; "none" = not at all. enable_auto_tool_choice: calls that the model makes of
+        its own accord are read; without, they stay text.
     """
 
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(**SERVING_DEFAULTS))
@@ -175,6 +179,9 @@ class ModelConfig:
     step_timeout_s: float = 300.0
     hang_timeout_s: float = 4.0
     chat_template: str | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    enable_auto_tool_choice: bool = True
     routing: Routing = Routing()
     autoscaling: Autoscaling | None = None
 
@@ -186,6 +193,10 @@ class ModelConfig:
             raise ConfigError("num_cpus and drain_timeout_s must not be negative.")
         if not 0 <= self.max_surge_percent <= 100:
             raise ConfigError(f"max_surge_percent must be 0 to 100, got {self.max_surge_percent}.")
+        if self.tool_call_parser is not None:
+            call_format(self.tool_call_parser)
+        if self.reasoning_parser is not None:
+            thinking(self.reasoning_parser)
         if not all(self.served_model_name):
             raise ConfigError("A served model name must not be empty.")
 

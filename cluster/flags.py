@@ -115,6 +115,9 @@ FLAGS: tuple[Flag, ...] = (
         api_key="Key that clients must send; may be given several times. Also OCTAVO_API_KEY.",
         allowed_origins="Browser origins that may call; may be given several times.",
         chat_template="Jinja chat template, or a file with it, in place of the model's.",
+        tool_call_parser="How the model writes tool calls: hermes, llama3_json, mistral …; none = not at all.",
+        reasoning_parser="How the model marks its thoughts: qwen3, deepseek_r1 …; none = not at all.",
+        enable_auto_tool_choice="Read the calls that the model makes of its own accord.",
         trust_request_chat_template="Let requests bring their own chat template.",
         num_ingresses="Processes that speak HTTP and gRPC.",
         ingress_drain_timeout_s="Seconds that an ingress which is replaced may go on with its streams.",
@@ -187,12 +190,13 @@ _SPELLINGS = {
 }
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """`command(…, **settings)` with every flag as a parameter, for typer to read."""
+def with_flags(command: Callable[..., None], wanted: Callable[[Flag], bool] = lambda flag: True) -> Callable[..., None]:
+    """`command(…, **settings)` with every flag as a parameter that is wanted, for typer to read."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = [
         inspect.Parameter(flag.key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(flag))
         for flag in FLAGS
+        if wanted(flag)
     ]
     parameters = [*own, *flags]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -207,7 +211,7 @@ def merge(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = dict(file)
     for flag in FLAGS:
-        value = given[flag.key]
+        value = given.get(flag.key)
         if value is None or value == []:
             continue
         place = flag.section or flag.name

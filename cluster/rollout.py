@@ -15,7 +15,10 @@ from typing import Any, Literal
 from octavo.cluster.config import DeploymentConfig, ModelConfig
 
 # What the processes of an engine never see: Serve, the routers and the ingress use it.
-NOT_IN_ENGINES = ("served_model_name", "num_replicas", "chat_template", "routing", "autoscaling", "max_surge_percent")
+NOT_IN_ENGINES = (
+    *("served_model_name", "num_replicas", "routing", "autoscaling", "max_surge_percent"),
+    *("chat_template", "tool_call_parser", "reasoning_parser", "enable_auto_tool_choice"),
+)
 # What the ingress never sees: the rest of each model, and of the deployment, shapes its answers.
 NOT_IN_INGRESSES = ("num_replicas", "num_cpus", "max_surge_percent", "autoscaling")
 

@@ -31,7 +31,8 @@ class IngressSettings:
     chat_template: Jinja source in place of the model's own. trust_request_chat_template: requests may bring their own;
         off by default, as in vLLM, since a template is a program that can take any time.
     tool_call_parser: how the model writes tool calls; reasoning_parser: how it marks its thoughts. vLLM's names (see
-        reading/formats.py); None = what the chat template shows.
+        reading/formats.py), or "none"; None = what the chat template shows. enable_auto_tool_choice: calls that are not
+        enforced are read.
     allowed_origins: browser origins that may call (CORS); empty = none.
     session_header: requests with the same value of this header should stay on one replica; empty = none does that.
     tokenize_in_thread_chars: texts longer than this are tokenized beside the event loop, not on it.
@@ -56,6 +57,7 @@ class IngressSettings:
     trust_request_chat_template: bool = False
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    enable_auto_tool_choice: bool = True
     allowed_origins: tuple[str, ...] = ("*",)
     session_header: str = "x-session-id"
     tokenize_in_thread_chars: int = 8192

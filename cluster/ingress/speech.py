@@ -50,6 +50,7 @@ class Speech:
         taught = self._configured or HERMES
         assert HERMES.shape is not None
         self.tool_prompt = ToolPrompt(tokenizer, taught.shape or HERMES.shape)
+        self._reads_auto = settings.enable_auto_tool_choice
         self._default_template = settings.chat_template
         self._has_warned = False
 
@@ -101,7 +102,7 @@ class Speech:
     # ---- calls
 
     def _call_reader(self, tools: Tools | None) -> Reader:
-        if tools is None:
+        if tools is None or not (tools.must_call or self._reads_auto):
             return PlainReader()
         reader = self._notation(tools).reader(tools.offer)
         return reader if tools.parallel else OneCall(reader)

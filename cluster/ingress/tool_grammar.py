@@ -56,8 +56,8 @@ def _answer_schema(answer: StructuredOutputs) -> dict[str, Any]:
 
 
 def _call_or_answer(tools: Tools, shape: Shape, answer: Mapping[str, Any]) -> str:
-    """One JSON Schema for both, where calls are bare JSON: a grammar cannot tell a call's beginning from the answer's. It
-    has place for one call.
+    """One JSON Schema for both, where calls are bare JSON: no grammar can tell their beginning from the answer's. There
+    is place for one call.
     """
     arguments = "parameters" if '"parameters"' in shape.begin else "arguments"
     schemas = {f"call_{number}": tool.schema for number, tool in enumerate(tools.tools)} | {"answer": answer}

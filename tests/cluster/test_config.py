@@ -3,8 +3,12 @@
 import pytest
 
 from octavo.cluster.config import DeploymentConfig, parse_bytes
+from octavo.cluster.ingress.reading.formats import CALL_FORMATS, THINKING
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
+
+# Family → how it writes calls, where its presets say so.
+PARSERS = {"llama": "llama3_json", "mistral": "mistral", "phi": "phi4_mini_json", "qwen": "hermes"}
 
 
 def test_a_whole_file(tmp_path):
@@ -90,6 +94,8 @@ def test_several_models():
         ({"num_replicas": 0}, "num_replicas"),
         ({"num_replicas": True}, "num_replicas"),
         ({"served_model_name": 7}, "served_model_name"),
+        ({"tool_call_parser": "xml"}, "tool_call_parser must be one of"),
+        ({"reasoning_parser": "deep"}, "reasoning_parser must be one of"),
         ({"api_key": [""]}, "API key"),
     ],
 )
@@ -122,3 +128,17 @@ def test_sizes(text, value):
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="not a size"):
         parse_bytes(text)
+
+
+def test_presets_name_parsers_that_exist():
+    from octavo.cluster.app import ingress_settings
+    from octavo.engine.loader.presets import load_presets
+
+    for name in load_presets():
+        config = DeploymentConfig.from_mapping({"model": name})
+        settings = ingress_settings(config, config.models[0], name)
+        for parser, known in ((settings.tool_call_parser, CALL_FORMATS), (settings.reasoning_parser, THINKING)):
+            assert parser is None or parser in known
+        assert settings.tool_call_parser == PARSERS.get(name.split("-")[0].rstrip("0123456789."))
+    config = DeploymentConfig.from_mapping({"model": "qwen3-8b", "tool_call_parser": "none"})
+    assert ingress_settings(config, config.models[0], "q").tool_call_parser == "none"

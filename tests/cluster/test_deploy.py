@@ -56,6 +56,7 @@ def kinds(before, after):
         ({}, {"drain_timeout_s": 9}, "restart", "restart"),
         ({}, {"routing": {"policy": "round_robin"}}, "restart", "in place"),
         ({}, {"chat_template": "{{ messages }}"}, "restart", "in place"),
+        ({}, {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}, "restart", "in place"),
         ({}, {"api_key": ["k"]}, "restart", "unchanged"),
         ({}, {"limits": {"max_choices": 2}}, "restart", "unchanged"),
         ({}, {"log_level": "debug"}, "restart", "restart"),

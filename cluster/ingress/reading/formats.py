@@ -102,6 +102,7 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
     "llama3_json": _LLAMA3,
     "llama4_json": _LLAMA3,
     "llama4_pythonic": _PYTHONIC,
+    "none": NO_CALLS,
     "mistral": CallFormat(
         "mistral",
         MistralReader,
@@ -122,9 +123,10 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
     "qwen3_xml": _QWEN_CODER,
 }
 
-THINKING: Mapping[str, Thinking] = {
+THINKING: Mapping[str, Thinking | None] = {
     "deepseek_r1": Thinking(always=True),
     "deepseek_v3": Thinking(),
+    "none": None,
     "qwen3": Thinking(),
     "think": Thinking(),
 }
@@ -148,7 +150,7 @@ def call_format(name: str) -> CallFormat:
     return CALL_FORMATS[name]
 
 
-def thinking(name: str) -> Thinking:
+def thinking(name: str) -> Thinking | None:
     """Raises ConfigError for a name that is none."""
     if name not in THINKING:
         raise ConfigError(f"reasoning_parser must be one of {', '.join(THINKING)}, got {name!r}.")

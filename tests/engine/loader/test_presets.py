@@ -28,6 +28,8 @@ def test_the_default_model_needs_no_hub() -> None:
 
 GOOD = """
 name: a
+tool_call_parser: hermes
+reasoning_parser: qwen3
 sources:
   - hub: org/a
     revision: v1
@@ -41,6 +43,7 @@ sources:
 def test_all_keys() -> None:
     preset = parse_preset(GOOD, "a.yaml")
     assert preset.served_model_name == "a"
+    assert (preset.tool_call_parser, preset.reasoning_parser) == ("hermes", "qwen3")
     assert preset.sources == (HubRepo("org/a", "v1", "a.gguf"), PackageMember("pkg==1.0", "pkg/a.gguf", "ab" * 32))
 
 
