@@ -82,9 +82,11 @@ class Output:
             place[names.index] = 0
         match change:
             case Begun():
-                yield {"type": "response.output_item.added", **item, "item": self._item(passage, "in_progress")}
+                # The passage has grown by all of its piece already, which the events to come say once more.
+                empty = Passage(passage.kind, passage.number, passage.call_id, passage.name)
+                yield {"type": "response.output_item.added", **item, "item": self._item(empty, "in_progress")}
                 if names.part:
-                    yield {"type": f"{names.part}.added", **place, "part": self._part(passage)}
+                    yield {"type": f"{names.part}.added", **place, "part": self._part(empty)}
             case Grown(_, text, logprobs):
                 yield {"type": f"{names.text}.delta", **place, "delta": text, **self._scores(passage, logprobs)}
             case _:

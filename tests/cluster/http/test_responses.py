@@ -161,13 +161,16 @@ def check_events(events):
             assert open_item is None
             assert event.output_index == len(done)
             open_item = event.item.id
+            assert getattr(event.item, "arguments", "") == ""
         elif event.type == "response.output_item.done":
             assert event.item.id == open_item
             done.append(event.item)
             open_item = None
         elif hasattr(event, "item_id"):
             assert event.item_id == open_item
-            if event.type.endswith(".delta"):
+            if event.type.endswith("_part.added"):
+                assert event.part.text == ""
+            elif event.type.endswith(".delta"):
                 texts[open_item] = texts.get(open_item, "") + event.delta
             elif event.type.endswith(("_text.done", "arguments.done")):
                 full = event.arguments if event.type.endswith("arguments.done") else event.text
