@@ -261,6 +261,7 @@ def ingress_settings(config: DeploymentConfig, model: ModelConfig, name: str) ->
         may_be_away=model.may_be_away,
         start_timeout_s=model.autoscaling.start_timeout_s if model.autoscaling else 0.0,
         request_timeout_s=limits.request_timeout_s,
+        max_stored_bytes=limits.max_stored_bytes,
         chat_template=_chat_template(model.chat_template),
         tool_call_parser=model.tool_call_parser or (preset.tool_call_parser if preset else None),
         reasoning_parser=model.reasoning_parser or (preset.reasoning_parser if preset else None),

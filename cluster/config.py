@@ -56,6 +56,7 @@ class Limits:
     max_ongoing_requests: requests in progress at one ingress.
     max_queue_wait_s: a request that would wait longer for its turn, at every replica, gets 429 at once, with the time
         after which to try again. request_timeout_s: age at which a request is ended.
+    max_stored_bytes: of responses that one ingress keeps for previous_response_id; 0 = none.
     """
 
     max_body_bytes: int = 32 * MIB
@@ -64,10 +65,14 @@ class Limits:
     max_ongoing_requests: int | None = None
     max_queue_wait_s: float | None = 30.0
     request_timeout_s: float | None = None
+    max_stored_bytes: int = 64 * MIB
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _above_zero(f"limits.{item.name}", getattr(self, item.name))
+            if item.name != "max_stored_bytes":
+                _above_zero(f"limits.{item.name}", getattr(self, item.name))
+        if self.max_stored_bytes < 0:
+            raise ConfigError(f"limits.max_stored_bytes must be at least 0, got {self.max_stored_bytes}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,7 @@ FLAGS: tuple[Flag, ...] = (
         max_ongoing_requests="Requests in progress beyond which new ones get 429.",
         max_queue_wait_s="Expected seconds in the queue beyond which new requests get 429.",
         request_timeout_s="Seconds after which a request is ended.",
+        max_stored_bytes="Responses kept for previous_response_id at one ingress, for example 64MiB; 0 = none.",
     ),
     *_panel(
         "",

@@ -15,6 +15,13 @@ from octavo.cluster.ingress.protocol import Beyond, Body, ChatBody, Texts, body_
 from octavo.engine.errors import RequestError
 
 
+def objects(value: Any) -> list[dict[str, Any]]:
+    """A list of JSON objects, to be looked at later. Raises ValueError."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ValueError("must be a list of objects")
+    return value
+
+
 class VendorBody(Body):
     """Fields beyond the vendor's own; they mean what they mean in chat completions."""
 

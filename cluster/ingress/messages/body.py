@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from octavo.cluster.ingress.protocol import NOT_YET, WITHOUT_EFFECT
-from octavo.cluster.ingress.vendors import VendorBody
+from octavo.cluster.ingress.vendors import VendorBody, objects
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
@@ -46,11 +46,12 @@ class ToolUseBlock(_Part):
 
 
 def _content(value: Any) -> str | list[dict[str, Any]]:
-    if isinstance(value, list) and all(isinstance(block, dict) for block in value):
+    if isinstance(value, str):
         return value
-    if not isinstance(value, str):
-        raise ValueError("must be a string or a list of blocks")
-    return value
+    try:
+        return objects(value)
+    except ValueError:
+        raise ValueError("must be a string or a list of blocks") from None
 
 
 class ToolResultBlock(_Part):
@@ -92,6 +93,9 @@ class Tool(_Part):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
+
+
+Tools = Annotated[list[dict[str, Any]], PlainValidator(objects, json_schema_input_type=list[Tool])]
 
 
 class ToolChoice(_Part):
@@ -138,7 +142,7 @@ class CountTokensBody(VendorBody):
 
     messages: list[Turn]
     system: Texts | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from octavo.cluster.ingress.protocol import NOT_YET, WITHOUT_EFFECT, Content
-from octavo.cluster.ingress.vendors import VendorBody
+from octavo.cluster.ingress.vendors import VendorBody, objects
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 MAX_METADATA = 16
@@ -110,14 +110,16 @@ class ReasoningConfig(_Part):
 
 
 def _input(value: Any) -> str | list[dict[str, Any]]:
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+    if isinstance(value, str):
         return value
-    if not isinstance(value, str):
-        raise ValueError("must be a string or a list of items")
-    return value
+    try:
+        return objects(value)
+    except ValueError:
+        raise ValueError("must be a string or a list of items") from None
 
 
 Input = Annotated[str | list[dict[str, Any]], PlainValidator(_input, json_schema_input_type=str | list[Item])]
+Tools = Annotated[list[dict[str, Any]], PlainValidator(objects, json_schema_input_type=list[FunctionTool])]
 Include = Literal[
     "file_search_call.results",
     "web_search_call.results",
@@ -150,7 +152,7 @@ class InputBody(VendorBody):
     input: Input | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
