@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cluster.batch.command import batch, is_for_batches
 from octavo.cluster.chat import chat
 from octavo.cluster.config import DeploymentConfig, read_yaml
 from octavo.cluster.deploy import deploy, undeploy
@@ -84,6 +85,7 @@ def version() -> None:
 
 app.command()(chat)
 app.command()(generate)
+app.command()(with_flags(batch, is_for_batches))
 app.command()(deploy)
 app.command()(undeploy)
 app.command()(status)
