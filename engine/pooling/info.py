@@ -55,15 +55,14 @@ class PoolingInfo:
     def resolve(self, params: PoolingParams) -> PoolingParams:
         """`params` with the model's own way in place of what they leave open. Raises RequestError, naming the field,
         for what the model cannot do."""
+        pooling_type = params.pooling_type or self.pooling_type
         if params.task == "classify":
             self._check_classify(params)
-        else:
-            self._check_embed(params)
-        return params.replace(
-            pooling_type=params.pooling_type or self.pooling_type,
-            normalize=self.normalize if params.normalize is None else params.normalize,
-            use_activation=params.use_activation is not False,
-        )
+            return params.replace(pooling_type=pooling_type, use_activation=params.use_activation is not False)
+        self._check_embed(params)
+        told = params.use_activation if params.normalize is None else params.normalize
+        normalize = self.normalize if told is None else told
+        return params.replace(pooling_type=pooling_type, normalize=normalize, use_activation=None)
 
     def _check_classify(self, params: PoolingParams) -> None:
         if not self.classifies:

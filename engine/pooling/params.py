@@ -19,8 +19,8 @@ class PoolingParams:
     task: embed or classify. pooling_type: which hidden states are taken: the last token's, the mean of all, the first
     token's (cls); None = the model's own way. normalize: embeddings of length 1; None = the model's own way.
     dimensions: of an embedding trained so that its beginning is one too (Matryoshka); None = all. use_activation: class
-    scores as probabilities, else as logits; None = true. skip_reading_prefix_cache: None = only where it would spoil
-    the result.
+    scores as probabilities, else as logits, None = true; of embeddings, another name of normalize.
+    skip_reading_prefix_cache: None = only where it would spoil the result.
 
     Raises RequestError, naming the field, for a value that can never be meant. What fits the model is decided by
     `PoolingInfo.resolve`, which leaves nothing but the cache field open.
@@ -44,10 +44,6 @@ class PoolingParams:
         size = self.dimensions
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise RequestError(f"dimensions must be an integer of at least 1, got {size!r}.", "dimensions")
-
-    @property
-    def is_resolved(self) -> bool:
-        return None not in (self.pooling_type, self.normalize, self.use_activation)
 
     @property
     def reads_cache(self) -> bool:

@@ -129,6 +129,24 @@ def test_paged_attention(body: cpu.Body, dtype: torch.dtype, case: str) -> None:
     assert torch.equal(actual, body.paged_attention(*arguments)), "not the same bits twice"
 
 
+@pytest.mark.parametrize("lengths", [(1,), (7, 7, 7), (1, 40, 40, 3, 130), (600,)], ids=str)
+@pytest.mark.parametrize("heads", [(12, 12), (8, 2)], ids=["mha", "gqa"])
+def test_row_attention(body: cpu.Body, dtype: torch.dtype, heads: tuple[int, int], lengths: tuple[int, ...]) -> None:
+    """Equal to ref, and bit for bit what a row gives alone."""
+    count, kv_count = heads
+    batch, _ = make_batch([(length, length) for length in lengths], block_size=16)
+    fused = torch.randn(sum(lengths), (count + 2 * kv_count), 32).to(dtype)
+    query, key, value = fused.split((count, kv_count, kv_count), dim=1)
+    found = body.row_attention(query, key, value, batch, 32**-0.5)
+    close(found, ref.row_attention(query, key, value, batch, 32**-0.5))
+    end = 0
+    for length in lengths:
+        start, end = end, end + length
+        alone, _ = make_batch([(length, length)], block_size=16)
+        parts = (x[start:end] for x in (query, key, value))
+        assert torch.equal(found[start:end], body.row_attention(*parts, alone, 32**-0.5))
+
+
 def test_paged_attention_survives_large_scores(body: cpu.Body, dtype: torch.dtype) -> None:
     query, key_cache, value_cache, batch = make_attention([(1, 70), (30, 70)], 2, 1, 64, 16, dtype)
     arguments = (query * 100, key_cache, value_cache, batch, 1.0)

@@ -93,6 +93,20 @@ def test_attention_reads_only_its_own_slots(rows):
         assert ref.paged_attention(query, key_cache, value_cache, batch, 0.3, window).isfinite().all()
 
 
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_row_attention_sees_all_of_its_row_and_nothing_else(kv_heads, monkeypatch):
+    monkeypatch.setattr("octavo.kernels.ref.attention.MAX_QUERY_SLICE", 3)
+    starts = torch.tensor([0, 5, 6, 14], dtype=torch.int32)
+    batch = AttentionBatch(None, starts, None, None, 8, 8)
+    query, key, value = (torch.randn(14, heads, 16, dtype=torch.float64).float() for heads in (4, kv_heads, kv_heads))
+    found = ref.row_attention(query, key, value, batch, 0.3)
+    for start, end in ((0, 5), (5, 6), (6, 14)):
+        for head in range(4):
+            keys, values = (x[start:end, head * kv_heads // 4] for x in (key, value))
+            weights = torch.softmax(query[start:end, head] @ keys.T * 0.3, dim=-1)
+            torch.testing.assert_close(found[start:end, head], weights @ values, rtol=1e-5, atol=1e-6)
+
+
 def test_low_precision_keeps_its_dtype():
     batch = make_batch(ROWS["mixed"], 8, 32)
     query = torch.randn(len(batch.slot_mapping), 4, 16)

@@ -140,8 +140,9 @@ class _Sides:
 
 
 async def _embed(call: _Call, body: EmbeddingBody, kind: str, key: str) -> Response:
-    normalize = body.use_activation if body.normalize is None else body.normalize
-    params = call.resolve(PoolingParams(normalize=normalize, dimensions=body.dimensions))
+    params = call.resolve(
+        PoolingParams(normalize=body.normalize, use_activation=body.use_activation, dimensions=body.dimensions)
+    )
     ids = await input_ids(call.service, body, call.info, prompted(call.info.pooling, body.prompt_name))
     form = body.encoding_format or "float"
     return await call.answer(
