@@ -19,6 +19,8 @@ SpecialId = Callable[[str], int | None]
 
 # As Python writes JSON, which is what models have learnt; and no white space without end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# What the grammar cannot express of a tool's schema, the tool will check: better such a call than none.
+_OF_TOOL = {**_TIGHT, "lenient": True}
 _SPACE = "SPACE: /[ \\n]{1,2}/"
 
 
@@ -140,12 +142,9 @@ class _Writer:
             if not shape.first:
                 begin = begin.removeprefix(without)
             schema: Mapping[str, Any] = tool.schema if enforced or tool.strict else {"type": "object"}
-            lines.append(
-                f"call_{number}: {self._literal(begin)} arguments_{number} {self._literal(shape.end)}".rstrip()
-            )
-            lines.append(
-                f"arguments_{number}: %json {json.dumps({**schema, 'x-guidance': _TIGHT}, ensure_ascii=False)}"
-            )
+            of_json = json.dumps({**schema, "x-guidance": _OF_TOOL}, ensure_ascii=False)
+            rule = f"call_{number}: {self._literal(begin)} arguments_{number} {self._literal(shape.end)}"
+            lines += [rule.rstrip(), f"arguments_{number}: %json {of_json}"]
         return lines
 
     def _literal(self, text: str) -> str:

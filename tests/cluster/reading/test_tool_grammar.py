@@ -138,6 +138,21 @@ def test_special_tokens_are_named_by_their_ids():
     assert matcher.is_accepting()
 
 
+def test_keywords_that_no_grammar_has_are_left_to_the_tool():
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "uri-template"}, "b": {"not": {}}}}
+    offered = tools_of(
+        body_of(
+            ChatBody,
+            {
+                "messages": [],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+                "tool_choice": "required",
+            },
+        )
+    )
+    assert takes(grammar("hermes", offered), write("hermes", [("f", '{"a": "x"}')]))
+
+
 def test_what_is_not_enforced():
     assert form_of_calls(tools("auto"), CALL_FORMATS["hermes"], lambda text: None, None) is None
     regex = StructuredOutputs(regex="a+")
