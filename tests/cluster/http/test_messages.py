@@ -8,6 +8,7 @@ import anthropic
 import httpx2
 import pydantic
 import pytest
+from anthropic.types import Message, RawMessageStreamEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,6 +166,23 @@ def check_events(events):
             open_block, ended = None, ended + 1
     assert open_block is None
     assert [event.type for event in events][-2:] == ["message_delta", "message_stop"]
+
+
+async def test_messages_and_events_are_of_the_clients_types(harness):
+    """The client itself takes anything: here nothing may be missing, or of another type."""
+    event_type = pydantic.TypeAdapter(RawMessageStreamEvent)
+    client = harness.Client(replies=(ANSWERS[3],), step=3)
+    client.info_value = dataclasses.replace(harness.info, max_model_len=4096)
+    async with harness.http(client, **HERMES) as http:
+        whole = await http.post("/v1/messages", json=ask(tools=[WEATHER]))
+        stream = await http.post("/v1/messages", json=ask(tools=[WEATHER], stream=True))
+    message = Message.model_validate_json(whole.text, strict=True)
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
+    for name, data in (block.split("\n") for block in stream.text.strip().split("\n\n")):
+        if name != "event: ping":
+            assert event_type.validate_json(data.removeprefix("data: "), strict=True).type == name.removeprefix(
+                "event: "
+            )
 
 
 async def test_stop_sequences(harness):

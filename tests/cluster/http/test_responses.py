@@ -10,6 +10,7 @@ import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.responses import Response, ResponseStreamEvent
 
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.ingress.responses.body import ResponsesBody
@@ -177,6 +178,26 @@ def check_events(events):
                 assert full == texts.get(open_item, "")
     assert open_item is None
     assert done == events[-1].response.output
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"reasoning": {"summary": "auto"}}, {"max_output_tokens": 20}, {"top_logprobs": 1}], ids=str
+)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_responses_and_events_are_of_the_clients_types(harness, body, fails):
+    """The client itself takes anything: here nothing may be missing, or of another type."""
+    event_type = pydantic.TypeAdapter(ResponseStreamEvent)
+    client = harness.Client(replies=(ANSWERS[4],), step=3)
+    client.info_value = dataclasses.replace(harness.info, max_model_len=4096)
+    body = {"input": "Hi", "tools": [{**WEATHER, "strict": False}], **body}
+    async with harness.http(client, **HERMES) as http:
+        whole = await http.post("/v1/responses", json=body)
+        client.fail_after = (3, ReplicaLost("Gone.")) if fails else None
+        stream = await http.post("/v1/responses", json={**body, "stream": True})
+    Response.model_validate_json(whole.text, strict=True)
+    for name, data in (block.split("\n") for block in stream.text.strip().split("\n\n")):
+        assert event_type.validate_json(data.removeprefix("data: "), strict=True).type == name.removeprefix("event: ")
+    assert ("response.failed" in stream.text) == fails
 
 
 async def test_logprobs_of_a_text(harness):
