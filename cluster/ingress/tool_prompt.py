@@ -31,10 +31,11 @@ _ID = "abcdefghi"  # nine characters, which Mistral's templates insist on
 
 @dataclass(frozen=True, slots=True)
 class TemplateSkills:
-    """What a template writes: tools; calls and their results; system messages."""
+    """What a template writes: tools; calls and their results; several calls of one turn; system messages."""
 
     tools: bool
     calls: bool
+    parallel: bool
     system: bool
 
 
@@ -54,7 +55,11 @@ class ToolPrompt:
         if tools is None and not called:
             return list(messages), None
         skills = self.skills(template)
-        prepared = list(messages) if skills.calls or not called else as_text(messages, self._shape)
+        prepared = list(messages)
+        if called and not skills.calls:
+            prepared = as_text(messages, self._shape)
+        elif called and not skills.parallel:
+            prepared = one_by_one(messages)
         if tools is None:
             return prepared, None
         if skills.tools:
@@ -64,15 +69,10 @@ class ToolPrompt:
     def _skills(self, template: str | None) -> TemplateSkills:
         tool = {"name": _MARK, "description": "None.", "parameters": {"type": "object", "properties": {}}}
         tools = [{"type": "function", "function": tool}]
-        call = {"id": _ID, "type": "function", "function": {"name": _MARK, "arguments": {}}}
-        talk = [
-            _HELLO,
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": _ID, "name": _MARK, "content": _RESULT},
-        ]
         skills = TemplateSkills(
             tools=_MARK in self._try([_HELLO], tools, template),
-            calls=all(mark in self._try(talk, None, template) for mark in (_MARK, _RESULT)),
+            calls=_RESULT in (talk := self._try(_talk(1), None, template)) and _MARK in talk,
+            parallel=self._try(_talk(2), None, template).count(_MARK) > 1,
             system=_MARK in self._try([{"role": "system", "content": _MARK}, _HELLO], None, template),
         )
         if not skills.tools:
@@ -84,6 +84,14 @@ class ToolPrompt:
             return self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=template)
         except RequestError:
             return ""
+
+
+def _talk(calls: int) -> Messages:
+    """A conversation in which the assistant calls tools, so many in one turn."""
+    ids = [_ID[:-1] + str(number) for number in range(calls)]
+    made = [{"id": call_id, "type": "function", "function": {"name": _MARK, "arguments": {}}} for call_id in ids]
+    results = [{"role": "tool", "tool_call_id": call_id, "name": "f", "content": _RESULT} for call_id in ids]
+    return [_HELLO, {"role": "assistant", "content": "", "tool_calls": made}, *results]
 
 
 def describe(tools: Tools, shape: Shape) -> str:
@@ -139,6 +147,28 @@ def as_text(messages: Messages, shape: Shape) -> list[Mapping[str, Any]]:
         else:
             result.append(message)
         after_result = message["role"] == "tool"
+    return result
+
+
+def one_by_one(messages: Messages) -> list[Mapping[str, Any]]:
+    """Turns with several calls as turns with one each, every one followed by its result."""
+    result: list[Mapping[str, Any]] = []
+    left = list(messages)
+    while left:
+        message = left.pop(0)
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            result.append(message)
+            continue
+        answers = []
+        while left and left[0]["role"] == "tool":
+            answers.append(left.pop(0))
+        for number, call in enumerate(calls):
+            result.append({**message, "tool_calls": [call], "content": message["content"] if number == 0 else ""})
+            its_own = [each for each in answers if each.get("tool_call_id") == call.get("id")] or answers[:1]
+            result += its_own[:1]
+            answers = [each for each in answers if each is not (its_own or [None])[0]]
+        result += answers
     return result
 
 

@@ -165,6 +165,21 @@ async def test_a_template_without_tools_gets_them_described(harness, caplog):
     assert sum("knows nothing of tools" in record.message for record in caplog.records) == 1
 
 
+async def test_a_template_that_takes_one_call_a_turn_gets_them_one_by_one(harness):
+    """As Llama 3's does."""
+    refuses = "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('One!') }}"
+    async with api(harness, TWO, template=refuses + "{% endif %}{% endfor %}" + TEMPLATE) as (client, engine):
+        message = (await create(client, tools=TOOLS)).choices[0].message
+        first, second = (call.id for call in message.tool_calls)
+        results = [
+            {"role": "tool", "tool_call_id": second, "content": "Noon"},
+            {"role": "tool", "tool_call_id": first, "content": "Rain"},
+        ]
+        await create(client, messages=[*ASK, message, *results], tools=TOOLS)
+    turns = "<tool_call>weather:[('city', 'Köln')]<|tool|>Rain<|assistant|><tool_call>now:[]<|tool|>Noon<|assistant|>"
+    assert prompt_of(engine).endswith(turns)
+
+
 async def test_the_old_names(harness):
     async with api(harness, CALL, CALL) as (client, engine):
         answer = (await create(client, functions=[WEATHER["function"]])).choices[0]
