@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -22,9 +21,10 @@ from octavo.cluster.ingress.catalog import Catalog
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.ingress.errors import TimedOut, failure
 from octavo.cluster.ingress.forms import in_form
-from octavo.cluster.ingress.gate import Gate
+from octavo.cluster.ingress.gate import OPEN_PATHS, Gate
 from octavo.cluster.ingress.messages import endpoint as messages
 from octavo.cluster.ingress.messages.body import CountTokensBody, MessagesBody
+from octavo.cluster.ingress.openapi import describe
 from octavo.cluster.ingress.pooling.paths import BODIES as POOLING_BODIES
 from octavo.cluster.ingress.pooling.paths import add_pooling_paths
 from octavo.cluster.ingress.prompts import check_ids
@@ -85,7 +85,7 @@ def create_app(services: Sequence[Service]) -> FastAPI:
     _token_paths(app, catalog)
     _model_paths(app, catalog)
     _operator_paths(app, catalog)
-    _describe_bodies(app)
+    describe(app, BODIES, bool(settings.api_keys), OPEN_PATHS)
     return app
 
 
@@ -256,26 +256,3 @@ def _json(body: Mapping[str, Any]) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     refused = in_form(failure(error), request.url.path, _visit(request))
     return Response(replies.to_json(refused.body), refused.status, dict(refused.headers), "application/json")
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Put the request bodies, which the paths read themselves, into the OpenAPI document."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = generate()
-            _, definitions = models_json_schema(
-                [(kind, "validation") for kind in BODIES.values()], ref_template="#/components/schemas/{model}"
-            )
-            document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-            for path, kind in BODIES.items():
-                schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-                document["paths"][path]["post"]["requestBody"] = {
-                    "required": True,
-                    "content": {"application/json": {"schema": schema}},
-                }
-        assert app.openapi_schema is not None
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
