@@ -14,6 +14,7 @@ from octavo.engine.beam import Beams
 from octavo.engine.core.blocks import BlockChanges
 from octavo.engine.core.prefix import NAME_BYTES
 from octavo.engine.errors import CapacityError, NotFoundError, OctavoError, RequestError
+from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.params import SamplingParams
 from octavo.engine.pooling.info import PoolingInfo
 from octavo.engine.pooling.params import PoolingParams
@@ -48,6 +49,8 @@ _SCALARS = (
     *("spaces_between_special_tokens", "include_stop_str_in_output", "skip_reading_prefix_cache"),
 )
 _LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+_STRUCTURED = tuple(field.name for field in dataclasses.fields(StructuredOutputs))
+_STRUCTURED_TEXTS = ("json", "regex", "grammar", "structural_tag", "whitespace_pattern")
 _DEFAULTS = SamplingParams()
 _EARLY_STOPPING: tuple[Any, ...] = (False, True, "never")  # by the enum's numbers
 _UNLIMITED = 0  # max_tokens None on the wire, where absent means the default
@@ -97,6 +100,8 @@ def params_to_proto(params: SamplingParams) -> Any:
     for name in _LISTS:
         getattr(proto, name).extend(getattr(params, name))
     proto.logit_bias.update(params.logit_bias)
+    if params.structured_outputs is not None:
+        proto.structured_outputs.CopyFrom(structured_to_proto(params.structured_outputs))
     if params.beams is not None:
         proto.beams.width, proto.beams.length_penalty = params.beams.width, params.beams.length_penalty
         proto.beams.early_stopping = _EARLY_STOPPING.index(params.beams.early_stopping)
@@ -112,7 +117,22 @@ def params_from_proto(proto: Any) -> SamplingParams:
         values[name] = tuple(getattr(proto, name))
     if proto.HasField("beams"):
         values["beams"] = beams_from_proto(proto.beams)
+    if proto.HasField("structured_outputs"):
+        values["structured_outputs"] = structured_from_proto(proto.structured_outputs)
     return SamplingParams(**values, logit_bias=dict(proto.logit_bias))
+
+
+def structured_to_proto(spec: StructuredOutputs) -> Any:
+    values = {name: getattr(spec, name) for name in _STRUCTURED}
+    return sampling_pb2.StructuredOutputs(**{name: value for name, value in values.items() if value is not None})
+
+
+def structured_from_proto(proto: Any) -> StructuredOutputs:
+    """Raises RequestError, naming the field."""
+    texts = {name: getattr(proto, name) for name in _STRUCTURED_TEXTS if proto.HasField(name)}
+    others = {name: getattr(proto, name) for name in _STRUCTURED if name not in _STRUCTURED_TEXTS}
+    values = {**texts, **others, "choice": tuple(proto.choice), "begins_after": tuple(proto.begins_after)}
+    return StructuredOutputs(**values)
 
 
 def beams_from_proto(proto: Any) -> Beams:
@@ -246,6 +266,8 @@ def delta_to_proto(delta: TokenDelta, stream_id: int) -> Any:
         num_cached_tokens=delta.num_cached_tokens,
         error=delta.error,
         pooled=delta.pooled,
+        form_complete=delta.form_complete,
+        error_param=delta.error_param,
     )
     if delta.logprobs:
         proto.logprobs.extend(map(logprobs_to_proto, delta.logprobs))
@@ -277,6 +299,8 @@ def delta_from_proto(proto: Any, request_id: str) -> TokenDelta:
         error=proto.error if proto.HasField("error") else None,
         times=PhaseTimes(proto.times.queue_s, proto.times.prefill_s) if proto.HasField("times") else None,
         pooled=proto.pooled if proto.HasField("pooled") else None,
+        form_complete=proto.form_complete,
+        error_param=proto.error_param if proto.HasField("error_param") else None,
     )
 
 

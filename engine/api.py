@@ -211,6 +211,7 @@ class LLM:
         by_id = {state.request.request_id: state for state in states}
         for request in requests:
             core.scheduler.check(request)
+        core.prepare(requests)
         try:
             for request in requests:
                 core.add(request)

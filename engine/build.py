@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from octavo.engine.assets import tokenizer_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore, Process
 from octavo.engine.core.scheduler import Limits, Scheduler
 from octavo.engine.errors import ConfigError
+from octavo.engine.grammar.grammars import CompiledGrammars
 from octavo.engine.pooling.info import PoolingInfo
 from octavo.engine.types import EngineInfo
 
@@ -153,4 +155,5 @@ def assemble(config: EngineConfig, info: EngineInfo, process: Process) -> Engine
     scheduler = Scheduler(limits, BlockPool(info.num_blocks, config.enable_prefix_caching and not whole))
     # A pipeline is full with a step per stage; a single stage plans the next step while one runs.
     lag = max(1, config.pipeline_parallel_size - 1) if config.async_scheduling else 0
-    return Engine(EngineCore(scheduler, process, time.monotonic, lag), info)
+    grammars = CompiledGrammars(lambda: tokenizer_of(config), info.vocab_size, info.eos_token_ids)
+    return Engine(EngineCore(scheduler, process, time.monotonic, lag, grammars), info)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.engine.errors import StepError
 from octavo.engine.text.stream import TextStream
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import (
@@ -53,11 +52,12 @@ class RequestState:
     def take(self, delta: TokenDelta, now: float) -> None:
         """Add a delta that arrived at `now` (seconds, the clock of request.arrival_time).
 
-        Raises StepError if the engine ended the sequence with an error. A sequence that a stop string has ended
-        ignores what still comes; when all have ended, `finished` is true and the caller aborts what still runs.
+        Raises StepError if the engine ended the sequence with an error, RequestError if the request is at fault. A
+        sequence that a stop string has ended ignores what still comes; when all have ended, `finished` is true and the
+        caller aborts what still runs.
         """
         if delta.error is not None:
-            raise StepError(delta.error)
+            raise delta.failure
         completion = self.output.outputs[delta.index]
         if completion.finished():
             return
@@ -66,7 +66,7 @@ class RequestState:
         if delta.index == 0:
             self.output.num_cached_tokens = delta.num_cached_tokens
         text = self._streams[delta.index].push(
-            delta.token_ids, delta.finish_reason is not None, delta.finish_reason == "stop"
+            delta.token_ids, delta.finish_reason is not None, delta.ends_with_stop_token
         )
         completion.text += text.text
         completion.token_ids.extend(delta.token_ids[: text.num_tokens_used])

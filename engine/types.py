@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.engine.errors import RequestError, StepError
 from octavo.engine.params import SamplingParams
 from octavo.engine.pooling.info import GENERATES_ONLY, PoolingInfo
 from octavo.engine.pooling.params import PoolingParams
@@ -87,8 +88,10 @@ class TokenDelta:
     `finish_reason` is set, no further delta with that (request_id, index) follows. `stop_reason` is the stop token id
     that ended it (None for the model's own end token, as in vLLM). `prompt_logprobs` (first delta of index 0 only) has
     one entry per prompt token, the first None. `pooled`: float32 values, little-endian, of a request that asks for
-    them; they come once, with the finish reason "stop". `error` explains finish_reason "error". `times` come with the
-    request's first token from this engine, or what it pooled; deltas that say the same at other times are equal.
+    them; they come once, with the finish reason "stop". `error` explains finish_reason "error"; `error_param` names the
+    request's field that is at fault, None: none is. `form_complete`: it stopped because its form allows no more, so the
+    last token is part of the output and no stop token. `times` come with the request's first token from this engine, or
+    what it pooled; deltas that say the same at other times are equal.
     """
 
     request_id: str
@@ -102,6 +105,19 @@ class TokenDelta:
     error: str | None = None
     times: PhaseTimes | None = field(default=None, compare=False)
     pooled: bytes | None = None
+    form_complete: bool = False
+    error_param: str | None = None
+
+    @property
+    def ends_with_stop_token(self) -> bool:
+        """Whether the last of the tokens ended the sequence, and is no part of its text."""
+        return self.finish_reason == "stop" and not self.form_complete
+
+    @property
+    def failure(self) -> RequestError | StepError:
+        """What `error` is as an exception."""
+        message = self.error or "The engine failed on this request."
+        return StepError(message) if self.error_param is None else RequestError(message, self.error_param)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from octavo.cluster.ingress.reading.reading import Reading
 from octavo.cluster.ingress.reading.thinking import ThoughtCounter
 from octavo.cluster.observability.metrics import Finished, IngressMetrics
 from octavo.cluster.observability.traces import NO_TRACE, Trace
-from octavo.engine.errors import CapacityError, StepError
+from octavo.engine.errors import CapacityError
 from octavo.engine.text.stream import TextStream
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import FinishReason, Request, TokenDelta, TokenLogprobs
@@ -84,7 +84,7 @@ class Choice:
     def push(self, delta: TokenDelta) -> Piece | None:
         """What `delta` makes certain; None if that is nothing yet. Not to be called after the sequence has ended."""
         ended = delta.finish_reason is not None
-        pushed = self._stream.push(delta.token_ids, ended, delta.finish_reason == "stop")
+        pushed = self._stream.push(delta.token_ids, ended, delta.ends_with_stop_token)
         self.num_tokens += pushed.num_tokens_used
         if self.counter is not None:
             self.counter.push(delta.token_ids[: pushed.num_tokens_used])
@@ -269,7 +269,7 @@ class _Clock:
 
 def _raise_if_ended_unasked(delta: TokenDelta) -> None:
     if delta.finish_reason == "error":
-        raise StepError(delta.error or "The engine failed on this request.")
+        raise delta.failure
     if delta.finish_reason == "abort":
         raise Interrupted("The engine ended the request early; it may be tried again.")
 

@@ -5,7 +5,7 @@ Knows the scheduler and a process that executes plans. Does not know how a plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -73,6 +73,10 @@ class EngineCore:
         self.scheduler.check(request)
         if request.request_id in self._forms:
             raise RequestError(f"request_id {request.request_id!r} is in use by a queued request.", "request_id")
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Compile the forms of `requests`, and wait for it. Raises RequestError if one cannot be used."""
+        self._forms.prepare([r.params.structured_outputs for r in requests if r.params.structured_outputs is not None])
 
     def check_room(self, on_the_way: int = 0) -> None:
         """Raise CapacityError if the queue is full, with requests that are `on_the_way`."""
@@ -145,7 +149,7 @@ class EngineCore:
                     raise grammar
                 ended += self.scheduler.add(request, grammar)
             except OctavoError as error:
-                ended += _ends(request, "error", str(error))
+                ended += _ends(request, "error", error)
             if not self.scheduler.is_live(request.request_id):
                 self._queued_at.pop(request.request_id, None)
         return ended
@@ -182,6 +186,11 @@ class EngineCore:
         self.process.close()
 
 
-def _ends(request: Request, reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
+def _ends(request: Request, reason: FinishReason, error: OctavoError | None = None) -> list[TokenDelta]:
     """Of a request that no scheduler has seen."""
-    return [TokenDelta(request.request_id, s.index, (), finish_reason=reason, error=error) for s in request.sequences]
+    message = None if error is None else str(error)
+    param = error.param or "structured_outputs" if isinstance(error, RequestError) else None
+    return [
+        TokenDelta(request.request_id, s.index, (), finish_reason=reason, error=message, error_param=param)
+        for s in request.sequences
+    ]

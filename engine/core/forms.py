@@ -6,12 +6,13 @@ Knows requests and futures. The compiling itself goes on elsewhere, and may take
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from octavo.engine.core.constraints import Grammar, Grammars
 from octavo.engine.errors import OctavoError, RequestError
+from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.types import Request
 
 COMPILE_S = 30.0
@@ -37,6 +38,11 @@ class Compiling:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._begun
+
+    def prepare(self, specs: Sequence[StructuredOutputs]) -> None:
+        """Compile, and wait for it. Raises RequestError for a form that cannot be used."""
+        for grammar in [self._grammars.compile(spec) for spec in specs]:
+            grammar.result()
 
     def begin(self, request: Request) -> Grammar | None:
         """The grammar, if it is compiled already. None: `ready` will tell. Raises RequestError for a form that is known

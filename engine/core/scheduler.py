@@ -115,14 +115,14 @@ class Scheduler:
                 error = sequence.constraint.error
             reason, stop_reason = self._end_of(sequence) if sequence.num_output else (None, None)
             if error is not None:
-                ended.append(TokenDelta(request.request_id, sequence.index, (), finish_reason="error", error=error))
+                ended.append(self._failed_form(sequence, error))
             elif reason is None:
                 sequence.join(live)
                 self._count_waiting(sequence, +1)
                 live.append(sequence)
             else:
                 end = TokenDelta(request.request_id, sequence.index, (), finish_reason=reason, stop_reason=stop_reason)
-                ended.append(end)
+                ended.append(replace(end, form_complete=self._is_form_complete(sequence, reason)))
         if live:
             self._requests[request.request_id] = live
             self._waiting.push(live[0])
@@ -554,6 +554,8 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached,
             prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
             error=error,
+            form_complete=self._is_form_complete(sequence, reason),
+            error_param=None if error is None else "structured_outputs",
         )
         if reason:
             self._finish(sequence, reason)
@@ -582,6 +584,13 @@ class Scheduler:
         if sequence.constraint is not None and sequence.constraint.ended:
             return "stop", None
         return ("length" if len(sequence.tokens) >= sequence.max_total else None), None
+
+    def _is_form_complete(self, sequence: Sequence, reason: FinishReason | None) -> bool:
+        return reason == "stop" and sequence.tokens[-1] not in sequence.stop_token_ids
+
+    def _failed_form(self, sequence: Sequence, error: str) -> TokenDelta:
+        delta = TokenDelta(sequence.request.request_id, sequence.index, (), finish_reason="error")
+        return replace(delta, error=error, error_param="structured_outputs")
 
     def _finished(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> list[TokenDelta]:
         """End a sequence; of a beam search, all of it."""

@@ -24,9 +24,9 @@ class StructuredOutputs:
     """Exactly one form: `json` (a JSON Schema, as JSON text; a mapping is turned into it), `regex`, `choice`, `grammar`
     (Lark or GBNF), `json_object` (any JSON object) or `structural_tag` (as JSON text; a mapping is turned into it).
 
-    disable_any_whitespace: JSON without whitespace between its tokens, but for one space behind colons and commas as
-    Python writes it. disable_additional_properties: objects have no properties but those their schema names, unless it
-    asks for others. whitespace_pattern: a regular expression for the whitespace between tokens of JSON.
+    disable_any_whitespace: JSON without white space between its tokens. disable_additional_properties: objects have no
+    properties but those their schema names, unless it speaks of others. whitespace_pattern: a regular expression for
+    the white space between tokens of JSON; by default that is a little, never without end.
     begins_after: token ids; the form holds for what follows their first occurrence in the output (a model that thinks
     first), and all else is free. Empty = from the beginning.
 
@@ -69,6 +69,10 @@ class StructuredOutputs:
     def kind(self) -> str:
         """The name of the field that says the form."""
         return self._given[0]
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(text or "") for text in (self.json, self.regex, self.grammar, self.structural_tag, *self.choice))
 
     @property
     def _given(self) -> list[str]:

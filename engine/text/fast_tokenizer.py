@@ -48,6 +48,10 @@ class FastTokenizer:
     def chat_template(self) -> str | None:
         return self._chat.default
 
+    def document(self) -> str:
+        """What a tokenizer.json has, as JSON text."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.encode_batch([text], add_special_tokens)[0]
 

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from octavo.protos.octavo.v1 import sampling_pb2 as octavo_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16octavo/v1/tokens.proto\x12\toctavo.v1\x1a\x18octavo/v1/sampling.proto\"\xb8\x01\n\nTokenBatch\x12%\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x15.octavo.v1.TokenDelta\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.octavo.v1.EngineStats\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x03(\x04\x12\'\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x17.octavo.v1.BlockChanges\x12\x13\n\x0bstats_age_s\x18\x05 \x01(\x01\x12\x0c\n\x04last\x18\x06 \x01(\x08\"R\n\x0c\x42lockChanges\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x63leared\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65victed\x18\x04 \x01(\x0c\"\x0b\n\tStreamEnd\"\x8f\x03\n\nTokenDelta\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.octavo.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.octavo.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\t \x01(\x0b\x32\x19.octavo.v1.PromptLogprobs\x12\x12\n\x05\x65rror\x18\n \x01(\tH\x01\x88\x01\x01\x12$\n\x05times\x18\x0b \x01(\x0b\x32\x15.octavo.v1.PhaseTimes\x12\x13\n\x06pooled\x18\x0c \x01(\x0cH\x02\x88\x01\x01\x42\r\n\x0bstop_reasonB\x08\n\x06_errorB\t\n\x07_pooled\"0\n\nPhaseTimes\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\"B\n\rTokenLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\"=\n\x0ePromptLogprobs\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.octavo.v1.TokenLogprobs\"\xf8\x02\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x16\n\x0ekv_blocks_held\x18\x05 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x19\n\x11generation_tokens\x18\t \x01(\x04\x12\x16\n\x0eprefix_queries\x18\n \x01(\x04\x12\x13\n\x0bprefix_hits\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x14\n\x0clast_step_at\x18\r \x01(\x01\x12\x16\n\x0eprefill_tokens\x18\x0e \x01(\x04\x12\x14\n\x0c\x66irst_tokens\x18\x0f \x01(\x04\x12\x15\n\rfirst_token_s\x18\x10 \x01(\x01\"F\n\x0cReplicaStats\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.octavo.v1.EngineStats\"\x90\x01\n\rReplicaStatus\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.octavo.v1.EngineInfo\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.octavo.v1.EngineStats\x12$\n\x05ranks\x18\x03 \x03(\x0b\x32\x15.octavo.v1.RankStatus\x12\r\n\x05\x63lock\x18\x04 \x01(\x01\"\x88\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0f\n\x07tp_rank\x18\x03 \x01(\r\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x10\n\x03gpu\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fheartbeat_age_s\x18\x07 \x01(\x01\x42\x06\n\x04_gpu\"\x93\x05\n\nEngineInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\x04\x12+\n\x06phases\x18\t \x03(\x0b\x32\x1b.octavo.v1.EngineInfo.Phase\x12\x45\n\x13generation_defaults\x18\n \x01(\x0b\x32(.octavo.v1.EngineInfo.GenerationDefaults\x12\x14\n\x0cquantization\x18\x0b \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\x0c \x01(\x08\x12\'\n\x07pooling\x18\r \x01(\x0b\x32\x16.octavo.v1.PoolingInfo\x1a\xf8\x01\n\x12GenerationDefaults\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x04H\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\r\n\x0b_max_tokens\x1a&\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xc9\x02\n\x0bPoolingInfo\x12\x11\n\tgenerates\x18\x01 \x01(\x08\x12\x11\n\tis_causal\x18\x02 \x01(\x08\x12\x16\n\x0e\x65mbedding_size\x18\x03 \x01(\r\x12\x14\n\x0cpooling_type\x18\x04 \x01(\t\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x12\x15\n\ris_matryoshka\x18\x06 \x01(\x08\x12\x12\n\ndimensions\x18\x07 \x03(\r\x12\x0e\n\x06labels\x18\x08 \x03(\t\x12\x12\n\npair_types\x18\t \x01(\r\x12.\n\x07prompts\x18\n \x03(\x0b\x32\x1d.octavo.v1.PoolingInfo.Prompt\x12\x1b\n\x0e\x64\x65\x66\x61ult_prompt\x18\x0b \x01(\tH\x00\x88\x01\x01\x1a$\n\x06Prompt\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\tB\x11\n\x0f_default_prompt\"\xac\x02\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12)\n\x06params\x18\x03 \x01(\x0b\x32\x19.octavo.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x11\x12\x17\n\ncache_salt\x18\x05 \x01(\tH\x00\x88\x01\x01\x12.\n\x13\x62\x61\x64_words_token_ids\x18\x06 \x03(\x0b\x32\x11.octavo.v1.Tokens\x12\"\n\x06resume\x18\x07 \x03(\x0b\x32\x12.octavo.v1.Resumed\x12.\n\x07pooling\x18\x08 \x01(\x0b\x32\x18.octavo.v1.PoolingParamsH\x01\x88\x01\x01\x42\r\n\x0b_cache_saltB\n\n\x08_pooling\"\x9b\x02\n\rPoolingParams\x12\x11\n\x04task\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0cpooling_type\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\ndimensions\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x1b\n\x0euse_activation\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12&\n\x19skip_reading_prefix_cache\x18\x06 \x01(\x08H\x05\x88\x01\x01\x42\x07\n\x05_taskB\x0f\n\r_pooling_typeB\x0c\n\n_normalizeB\r\n\x0b_dimensionsB\x11\n\x0f_use_activationB\x1c\n\x1a_skip_reading_prefix_cache\"+\n\x07Resumed\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"5\n\x07Ingress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\"n\n\x0fGenerateRequest\x12#\n\x07request\x18\x01 \x01(\x0b\x32\x12.octavo.v1.Request\x12#\n\x07ingress\x18\x02 \x01(\x0b\x32\x12.octavo.v1.Ingress\x12\x11\n\tstream_id\x18\x03 \x01(\x04\"\xca\x02\n\rGenerateReply\x12:\n\x07request\x18\x01 \x01(\x0b\x32\'.octavo.v1.GenerateReply.RequestFailureH\x00\x12<\n\x08\x63\x61pacity\x18\x02 \x01(\x0b\x32(.octavo.v1.GenerateReply.CapacityFailureH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\tH\x00\x12\x15\n\x0bhanded_over\x18\x04 \x01(\tH\x00\x1aR\n\x0eRequestFailure\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x12\n\x05param\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tnot_found\x18\x03 \x01(\x08\x42\x08\n\x06_param\x1a\x39\n\x0f\x43\x61pacityFailure\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x15\n\rretry_after_s\x18\x02 \x01(\rB\t\n\x07\x66\x61ilure*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32G\n\x0cTokenChannel\x12\x37\n\x06Stream\x12\x15.octavo.v1.TokenBatch\x1a\x14.octavo.v1.StreamEnd(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16octavo/v1/tokens.proto\x12\toctavo.v1\x1a\x18octavo/v1/sampling.proto\"\xb8\x01\n\nTokenBatch\x12%\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x15.octavo.v1.TokenDelta\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.octavo.v1.EngineStats\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x03(\x04\x12\'\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x17.octavo.v1.BlockChanges\x12\x13\n\x0bstats_age_s\x18\x05 \x01(\x01\x12\x0c\n\x04last\x18\x06 \x01(\x08\"R\n\x0c\x42lockChanges\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07\x63leared\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65victed\x18\x04 \x01(\x0c\"\x0b\n\tStreamEnd\"\xd0\x03\n\nTokenDelta\x12\x11\n\tstream_id\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.octavo.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.octavo.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x07 \x01(\tH\x00\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x32\n\x0fprompt_logprobs\x18\t \x01(\x0b\x32\x19.octavo.v1.PromptLogprobs\x12\x12\n\x05\x65rror\x18\n \x01(\tH\x01\x88\x01\x01\x12$\n\x05times\x18\x0b \x01(\x0b\x32\x15.octavo.v1.PhaseTimes\x12\x13\n\x06pooled\x18\x0c \x01(\x0cH\x02\x88\x01\x01\x12\x15\n\rform_complete\x18\r \x01(\x08\x12\x18\n\x0b\x65rror_param\x18\x0e \x01(\tH\x03\x88\x01\x01\x42\r\n\x0bstop_reasonB\x08\n\x06_errorB\t\n\x07_pooledB\x0e\n\x0c_error_param\"0\n\nPhaseTimes\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\"B\n\rTokenLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\"=\n\x0ePromptLogprobs\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.octavo.v1.TokenLogprobs\"\xf8\x02\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\x04\x12\x16\n\x0ekv_blocks_held\x18\x05 \x01(\x04\x12\x18\n\x10kv_blocks_cached\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x19\n\x11generation_tokens\x18\t \x01(\x04\x12\x16\n\x0eprefix_queries\x18\n \x01(\x04\x12\x13\n\x0bprefix_hits\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\x12\x14\n\x0clast_step_at\x18\r \x01(\x01\x12\x16\n\x0eprefill_tokens\x18\x0e \x01(\x04\x12\x14\n\x0c\x66irst_tokens\x18\x0f \x01(\x04\x12\x15\n\rfirst_token_s\x18\x10 \x01(\x01\"F\n\x0cReplicaStats\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.octavo.v1.EngineStats\"\x90\x01\n\rReplicaStatus\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.octavo.v1.EngineInfo\x12%\n\x05stats\x18\x02 \x01(\x0b\x32\x16.octavo.v1.EngineStats\x12$\n\x05ranks\x18\x03 \x03(\x0b\x32\x15.octavo.v1.RankStatus\x12\r\n\x05\x63lock\x18\x04 \x01(\x01\"\x88\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0f\n\x07tp_rank\x18\x03 \x01(\r\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04node\x18\x05 \x01(\t\x12\x10\n\x03gpu\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fheartbeat_age_s\x18\x07 \x01(\x01\x42\x06\n\x04_gpu\"\x93\x05\n\nEngineInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\x04\x12+\n\x06phases\x18\t \x03(\x0b\x32\x1b.octavo.v1.EngineInfo.Phase\x12\x45\n\x13generation_defaults\x18\n \x01(\x0b\x32(.octavo.v1.EngineInfo.GenerationDefaults\x12\x14\n\x0cquantization\x18\x0b \x01(\t\x12\x17\n\x0f\x62\x61tch_invariant\x18\x0c \x01(\x08\x12\'\n\x07pooling\x18\r \x01(\x0b\x32\x16.octavo.v1.PoolingInfo\x1a\xf8\x01\n\x12GenerationDefaults\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x04H\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\r\n\x0b_max_tokens\x1a&\n\x05Phase\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xc9\x02\n\x0bPoolingInfo\x12\x11\n\tgenerates\x18\x01 \x01(\x08\x12\x11\n\tis_causal\x18\x02 \x01(\x08\x12\x16\n\x0e\x65mbedding_size\x18\x03 \x01(\r\x12\x14\n\x0cpooling_type\x18\x04 \x01(\t\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x12\x15\n\ris_matryoshka\x18\x06 \x01(\x08\x12\x12\n\ndimensions\x18\x07 \x03(\r\x12\x0e\n\x06labels\x18\x08 \x03(\t\x12\x12\n\npair_types\x18\t \x01(\r\x12.\n\x07prompts\x18\n \x03(\x0b\x32\x1d.octavo.v1.PoolingInfo.Prompt\x12\x1b\n\x0e\x64\x65\x66\x61ult_prompt\x18\x0b \x01(\tH\x00\x88\x01\x01\x1a$\n\x06Prompt\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\tB\x11\n\x0f_default_prompt\"\xac\x02\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12)\n\x06params\x18\x03 \x01(\x0b\x32\x19.octavo.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x11\x12\x17\n\ncache_salt\x18\x05 \x01(\tH\x00\x88\x01\x01\x12.\n\x13\x62\x61\x64_words_token_ids\x18\x06 \x03(\x0b\x32\x11.octavo.v1.Tokens\x12\"\n\x06resume\x18\x07 \x03(\x0b\x32\x12.octavo.v1.Resumed\x12.\n\x07pooling\x18\x08 \x01(\x0b\x32\x18.octavo.v1.PoolingParamsH\x01\x88\x01\x01\x42\r\n\x0b_cache_saltB\n\n\x08_pooling\"\x9b\x02\n\rPoolingParams\x12\x11\n\x04task\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x19\n\x0cpooling_type\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\ndimensions\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x1b\n\x0euse_activation\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12&\n\x19skip_reading_prefix_cache\x18\x06 \x01(\x08H\x05\x88\x01\x01\x42\x07\n\x05_taskB\x0f\n\r_pooling_typeB\x0c\n\n_normalizeB\r\n\x0b_dimensionsB\x11\n\x0f_use_activationB\x1c\n\x1a_skip_reading_prefix_cache\"+\n\x07Resumed\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"5\n\x07Ingress\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\"n\n\x0fGenerateRequest\x12#\n\x07request\x18\x01 \x01(\x0b\x32\x12.octavo.v1.Request\x12#\n\x07ingress\x18\x02 \x01(\x0b\x32\x12.octavo.v1.Ingress\x12\x11\n\tstream_id\x18\x03 \x01(\x04\"\xca\x02\n\rGenerateReply\x12:\n\x07request\x18\x01 \x01(\x0b\x32\'.octavo.v1.GenerateReply.RequestFailureH\x00\x12<\n\x08\x63\x61pacity\x18\x02 \x01(\x0b\x32(.octavo.v1.GenerateReply.CapacityFailureH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\tH\x00\x12\x15\n\x0bhanded_over\x18\x04 \x01(\tH\x00\x1aR\n\x0eRequestFailure\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x12\n\x05param\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tnot_found\x18\x03 \x01(\x08\x42\x08\n\x06_param\x1a\x39\n\x0f\x43\x61pacityFailure\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x15\n\rretry_after_s\x18\x02 \x01(\rB\t\n\x07\x66\x61ilure*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32G\n\x0cTokenChannel\x12\x37\n\x06Stream\x12\x15.octavo.v1.TokenBatch\x1a\x14.octavo.v1.StreamEnd(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.v1.tokens_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=3819
-  _globals['_FINISHREASON']._serialized_end=3964
+  _globals['_FINISHREASON']._serialized_start=3884
+  _globals['_FINISHREASON']._serialized_end=4029
   _globals['_TOKENBATCH']._serialized_start=64
   _globals['_TOKENBATCH']._serialized_end=248
   _globals['_BLOCKCHANGES']._serialized_start=250
@@ -41,49 +41,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMEND']._serialized_start=334
   _globals['_STREAMEND']._serialized_end=345
   _globals['_TOKENDELTA']._serialized_start=348
-  _globals['_TOKENDELTA']._serialized_end=747
-  _globals['_PHASETIMES']._serialized_start=749
-  _globals['_PHASETIMES']._serialized_end=797
-  _globals['_TOKENLOGPROBS']._serialized_start=799
-  _globals['_TOKENLOGPROBS']._serialized_end=865
-  _globals['_PROMPTLOGPROBS']._serialized_start=867
-  _globals['_PROMPTLOGPROBS']._serialized_end=928
-  _globals['_ENGINESTATS']._serialized_start=931
-  _globals['_ENGINESTATS']._serialized_end=1307
-  _globals['_REPLICASTATS']._serialized_start=1309
-  _globals['_REPLICASTATS']._serialized_end=1379
-  _globals['_REPLICASTATUS']._serialized_start=1382
-  _globals['_REPLICASTATUS']._serialized_end=1526
-  _globals['_RANKSTATUS']._serialized_start=1529
-  _globals['_RANKSTATUS']._serialized_end=1665
-  _globals['_ENGINEINFO']._serialized_start=1668
-  _globals['_ENGINEINFO']._serialized_end=2327
-  _globals['_ENGINEINFO_GENERATIONDEFAULTS']._serialized_start=2039
-  _globals['_ENGINEINFO_GENERATIONDEFAULTS']._serialized_end=2287
-  _globals['_ENGINEINFO_PHASE']._serialized_start=2289
-  _globals['_ENGINEINFO_PHASE']._serialized_end=2327
-  _globals['_POOLINGINFO']._serialized_start=2330
-  _globals['_POOLINGINFO']._serialized_end=2659
-  _globals['_POOLINGINFO_PROMPT']._serialized_start=2604
-  _globals['_POOLINGINFO_PROMPT']._serialized_end=2640
-  _globals['_REQUEST']._serialized_start=2662
-  _globals['_REQUEST']._serialized_end=2962
-  _globals['_POOLINGPARAMS']._serialized_start=2965
-  _globals['_POOLINGPARAMS']._serialized_end=3248
-  _globals['_RESUMED']._serialized_start=3250
-  _globals['_RESUMED']._serialized_end=3293
-  _globals['_TOKENS']._serialized_start=3295
-  _globals['_TOKENS']._serialized_end=3316
-  _globals['_INGRESS']._serialized_start=3318
-  _globals['_INGRESS']._serialized_end=3371
-  _globals['_GENERATEREQUEST']._serialized_start=3373
-  _globals['_GENERATEREQUEST']._serialized_end=3483
-  _globals['_GENERATEREPLY']._serialized_start=3486
-  _globals['_GENERATEREPLY']._serialized_end=3816
-  _globals['_GENERATEREPLY_REQUESTFAILURE']._serialized_start=3664
-  _globals['_GENERATEREPLY_REQUESTFAILURE']._serialized_end=3746
-  _globals['_GENERATEREPLY_CAPACITYFAILURE']._serialized_start=3748
-  _globals['_GENERATEREPLY_CAPACITYFAILURE']._serialized_end=3805
-  _globals['_TOKENCHANNEL']._serialized_start=3966
-  _globals['_TOKENCHANNEL']._serialized_end=4037
+  _globals['_TOKENDELTA']._serialized_end=812
+  _globals['_PHASETIMES']._serialized_start=814
+  _globals['_PHASETIMES']._serialized_end=862
+  _globals['_TOKENLOGPROBS']._serialized_start=864
+  _globals['_TOKENLOGPROBS']._serialized_end=930
+  _globals['_PROMPTLOGPROBS']._serialized_start=932
+  _globals['_PROMPTLOGPROBS']._serialized_end=993
+  _globals['_ENGINESTATS']._serialized_start=996
+  _globals['_ENGINESTATS']._serialized_end=1372
+  _globals['_REPLICASTATS']._serialized_start=1374
+  _globals['_REPLICASTATS']._serialized_end=1444
+  _globals['_REPLICASTATUS']._serialized_start=1447
+  _globals['_REPLICASTATUS']._serialized_end=1591
+  _globals['_RANKSTATUS']._serialized_start=1594
+  _globals['_RANKSTATUS']._serialized_end=1730
+  _globals['_ENGINEINFO']._serialized_start=1733
+  _globals['_ENGINEINFO']._serialized_end=2392
+  _globals['_ENGINEINFO_GENERATIONDEFAULTS']._serialized_start=2104
+  _globals['_ENGINEINFO_GENERATIONDEFAULTS']._serialized_end=2352
+  _globals['_ENGINEINFO_PHASE']._serialized_start=2354
+  _globals['_ENGINEINFO_PHASE']._serialized_end=2392
+  _globals['_POOLINGINFO']._serialized_start=2395
+  _globals['_POOLINGINFO']._serialized_end=2724
+  _globals['_POOLINGINFO_PROMPT']._serialized_start=2669
+  _globals['_POOLINGINFO_PROMPT']._serialized_end=2705
+  _globals['_REQUEST']._serialized_start=2727
+  _globals['_REQUEST']._serialized_end=3027
+  _globals['_POOLINGPARAMS']._serialized_start=3030
+  _globals['_POOLINGPARAMS']._serialized_end=3313
+  _globals['_RESUMED']._serialized_start=3315
+  _globals['_RESUMED']._serialized_end=3358
+  _globals['_TOKENS']._serialized_start=3360
+  _globals['_TOKENS']._serialized_end=3381
+  _globals['_INGRESS']._serialized_start=3383
+  _globals['_INGRESS']._serialized_end=3436
+  _globals['_GENERATEREQUEST']._serialized_start=3438
+  _globals['_GENERATEREQUEST']._serialized_end=3548
+  _globals['_GENERATEREPLY']._serialized_start=3551
+  _globals['_GENERATEREPLY']._serialized_end=3881
+  _globals['_GENERATEREPLY_REQUESTFAILURE']._serialized_start=3729
+  _globals['_GENERATEREPLY_REQUESTFAILURE']._serialized_end=3811
+  _globals['_GENERATEREPLY_CAPACITYFAILURE']._serialized_start=3813
+  _globals['_GENERATEREPLY_CAPACITYFAILURE']._serialized_end=3870
+  _globals['_TOKENCHANNEL']._serialized_start=4031
+  _globals['_TOKENCHANNEL']._serialized_end=4102
 # @@protoc_insertion_point(module_scope)

@@ -54,7 +54,7 @@ class StreamEnd(_message.Message):
     def __init__(self) -> None: ...
 
 class TokenDelta(_message.Message):
-    __slots__ = ("stream_id", "index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stop_string", "num_cached_tokens", "prompt_logprobs", "error", "times", "pooled")
+    __slots__ = ("stream_id", "index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "stop_string", "num_cached_tokens", "prompt_logprobs", "error", "times", "pooled", "form_complete", "error_param")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,8 @@ class TokenDelta(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     POOLED_FIELD_NUMBER: _ClassVar[int]
+    FORM_COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_PARAM_FIELD_NUMBER: _ClassVar[int]
     stream_id: int
     index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -79,7 +81,9 @@ class TokenDelta(_message.Message):
     error: str
     times: PhaseTimes
     pooled: bytes
-    def __init__(self, stream_id: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error: _Optional[str] = ..., times: _Optional[_Union[PhaseTimes, _Mapping]] = ..., pooled: _Optional[bytes] = ...) -> None: ...
+    form_complete: bool
+    error_param: str
+    def __init__(self, stream_id: _Optional[int] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., stop_string: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., error: _Optional[str] = ..., times: _Optional[_Union[PhaseTimes, _Mapping]] = ..., pooled: _Optional[bytes] = ..., form_complete: _Optional[bool] = ..., error_param: _Optional[str] = ...) -> None: ...
 
 class PhaseTimes(_message.Message):
     __slots__ = ("queue_s", "prefill_s")
