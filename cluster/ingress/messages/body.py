@@ -129,7 +129,6 @@ class CountTokensBody(VendorBody):
         **NOT_YET,
         "container": ("Running code", _NOTHING),
         "mcp_servers": ("Calling MCP servers for the client", _NOTHING),
-        "context_management": ("Editing the context", _NOTHING),
         "thread": ("A conversation held by the server", _NOTHING),
     }
     without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT | {

@@ -140,7 +140,6 @@ class InputBody(VendorBody):
         "background": ("Answering in the background", _NOTHING),
         "conversation": ("A stored conversation", _NOTHING),
         "prompt": ("A stored prompt", _NOTHING),
-        "context_management": ("Compaction", _NOTHING),
         "moderation": ("Moderation", _NOTHING),
     }
     without_effect: ClassVar[frozenset[str]] = WITHOUT_EFFECT | {

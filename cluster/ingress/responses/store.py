@@ -1,16 +1,15 @@
 """Responses kept for later requests: previous_response_id, item references, GET. In memory, and only here.
 
-Another ingress knows nothing of them, and a restart forgets them. What is kept is bounded by the length of its JSON;
-the response that was not asked about for the longest time goes first.
+Another ingress knows nothing of them, and a restart forgets them. What is kept is bounded by the memory it takes; the
+response that was not asked about for the longest time goes first.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
-
-from octavo.cluster.ingress import replies
 
 StoredItem = dict[str, Any]  # as JSON has it, with an id
 
@@ -18,7 +17,7 @@ StoredItem = dict[str, Any]  # as JSON has it, with an id
 @dataclass(frozen=True, slots=True)
 class Stored:
     """reply: the response as it was answered. inputs: the request's own items. past: what had been said before, the
-    oldest first. num_bytes: of all three as JSON.
+    oldest first. num_bytes: of memory, of all three.
     """
 
     reply: dict[str, Any]
@@ -29,7 +28,7 @@ class Stored:
     @classmethod
     def of(cls, reply: dict[str, Any], inputs: tuple[StoredItem, ...], previous: Stored | None) -> Stored:
         """`previous`: the response that this one goes on from."""
-        size = sum(len(replies.to_json(part)) for part in (reply, *inputs))
+        size = _num_bytes([reply, *inputs])
         if previous is None:
             return cls(reply, inputs, (), size)
         return cls(reply, inputs, previous.conversation, size + previous.num_bytes)
@@ -87,3 +86,13 @@ class ResponseStore:
             if self._items.get(item["id"]) is item:  # a client may have sent it again since
                 del self._items[item["id"]]
         return True
+
+
+def _num_bytes(value: Any) -> int:
+    """Of memory that JSON takes in Python. Its depth is bounded by the parser that read it."""
+    own = sys.getsizeof(value)
+    if isinstance(value, dict):
+        return own + sum(_num_bytes(name) + _num_bytes(item) for name, item in value.items())
+    if isinstance(value, list):
+        return own + sum(map(_num_bytes, value))
+    return own
