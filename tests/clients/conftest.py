@@ -18,15 +18,17 @@ def actor():
 
 @pytest.fixture(scope="session")
 def server(actor):
-    """URL of a server with the models `actor`, `thinker` (thinks before it answers) and `fake`."""
+    """URL of a server with the models `actor`, `thinker` (thinks before it answers) and `fake`, the last two also under
+    the names that the documentation has for such models.
+    """
     from actor import SPEECH, THOUGHTFUL_SPEECH, Actor
     from hosting import fake_engine, listening, service
 
     with fake_engine() as fake:
         services = [
             service("actor", actor, chat_template=SPEECH),
-            service("thinker", Actor(is_thoughtful=True), chat_template=THOUGHTFUL_SPEECH),
-            service("fake", fake),
+            service("thinker qwen3-0.6b", Actor(is_thoughtful=True), chat_template=THOUGHTFUL_SPEECH),
+            service("fake all-minilm-l6-v2", fake),
         ]
         with listening(services) as url:
             yield url

@@ -18,8 +18,8 @@ from octavo.engine.loop import EngineLoop
 from octavo.engine.text.byte_tokenizer import ByteTokenizer
 
 
-def service(name: str, client: EngineClient, **settings) -> Service:
-    return Service(IngressSettings((name,), created=1234, **settings), client, ByteTokenizer())
+def service(names: str, client: EngineClient, **settings) -> Service:
+    return Service(IngressSettings(tuple(names.split()), created=1234, **settings), client, ByteTokenizer())
 
 
 @contextlib.contextmanager

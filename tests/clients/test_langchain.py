@@ -4,7 +4,7 @@ import openai
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 WEATHER = {"Paris": 21, "Rome": 27, "Oslo": -3}
@@ -113,3 +113,13 @@ def test_thoughts_do_not_get_in_the_way(server):
 def test_errors_are_the_openai_clients(model):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         model.bind(temperature=-1).invoke("Hello!")
+
+
+async def test_embeddings(server):
+    """Left to itself it sends the ids of an OpenAI model's tokens, which say nothing to another model."""
+    embeddings = OpenAIEmbeddings(
+        model="fake", base_url=f"{server}/v1", api_key="none", check_embedding_ctx_length=False, max_retries=0
+    )
+    one, two, again = embeddings.embed_documents(["one", "two", "one"])
+    assert one == again != two
+    assert embeddings.embed_query("two") == await embeddings.aembed_query("two") == two

@@ -145,3 +145,18 @@ def test_a_response_is_parsed(client, model):
     with client.responses.stream(model=model, input="It is 17 °C in Rome.", text_format=Report) as stream:
         stream.until_done()
     assert stream.get_final_response().output_parsed == parsed.output_parsed
+
+
+def test_embeddings(client):
+    texts = ["one", "two", "one"]
+    plain = client.embeddings.create(model="fake", input=texts, encoding_format="float")
+    packed = client.embeddings.create(model="fake", input=texts)  # which the client has sent as base64
+    vectors = [entry.embedding for entry in plain.data]
+    assert [entry.index for entry in plain.data] == [0, 1, 2]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert [entry.embedding for entry in packed.data] == [pytest.approx(vector, rel=1e-6) for vector in vectors]
+    as_ids = client.embeddings.create(model="fake", input=[256, *b"one"], encoding_format="float")
+    assert as_ids.data[0].embedding == vectors[0]
+    assert plain.usage.prompt_tokens == 3 * as_ids.usage.prompt_tokens == 12
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model="fake", input="one", dimensions=3)

@@ -20,7 +20,7 @@ def came(server):
     """What each of the conversations came to."""
     folder = installs.node_modules(HERE)
     shutil.copy(HERE / "conversations.mjs", folder)  # packages are looked for beside it
-    command = ["node", "conversations.mjs", f"{server}/v1", "actor", "thinker", "embedder"]
+    command = ["node", "conversations.mjs", f"{server}/v1", "actor", "thinker", "fake"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NODE_S)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -85,3 +85,9 @@ def test_a_refusal_names_the_field(came):
 def test_a_stream_that_is_aborted_ends_at_the_engine(came, actor):
     assert came["aborted"] == {"seen": 3}
     assert len(actor.aborted) > 0
+
+
+def test_embeddings(came):
+    one, two, again = came["embeddings"]["embeddings"]
+    assert one == again != two
+    assert came["embeddings"]["usage"] == {"tokens": 12}
