@@ -39,6 +39,14 @@ class Conversation:
         return [*first, *self.turns]
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A piece of an answer. is_thought: of what the model thinks before it."""
+
+    text: str
+    is_thought: bool = False
+
+
 class ChatClient:
     """The two calls that a conversation needs. Raises ServerError."""
 
@@ -67,8 +75,8 @@ class ChatClient:
         except (ValueError, KeyError, IndexError, TypeError):
             raise ServerError(f"What answers at {self.url} is not an OpenAI-compatible server with a model.") from None
 
-    def answer(self, body: dict[str, Any]) -> Iterator[str]:
-        """The text of the answer, as it comes. Closing the iterator ends the request."""
+    def answer(self, body: dict[str, Any]) -> Iterator[Said]:
+        """The answer, as it comes. Closing the iterator ends the request."""
         try:
             with self._http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
                 if response.is_error:
@@ -150,9 +158,13 @@ def _turn(client: ChatClient, body: dict[str, Any], conversation: Conversation, 
     parts: list[str] = []
     try:
         with closing(client.answer({**body, "messages": conversation.messages()})) as answer:  # type: ignore[type-var]
-            for text in answer:
-                parts.append(text)
-                console.out(text, end="", highlight=False)
+            was_thought = False
+            for said in answer:
+                if not said.is_thought:
+                    parts.append(said.text)
+                    console.out("\n\n" if was_thought else "", end="")
+                console.out(said.text, end="", highlight=False, style="dim" if said.is_thought else None)
+                was_thought = said.is_thought
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/dim]", end="")
     except ServerError as error:
@@ -164,7 +176,7 @@ def _turn(client: ChatClient, body: dict[str, Any], conversation: Conversation, 
         conversation.turns.pop()  # unanswered: as if it had not been asked
 
 
-def _texts(lines: Iterator[str]) -> Iterator[str]:
+def _texts(lines: Iterator[str]) -> Iterator[Said]:
     """The pieces of text in a stream of server-sent events."""
     for line in lines:
         if not line.startswith("data:"):
@@ -176,8 +188,11 @@ def _texts(lines: Iterator[str]) -> Iterator[str]:
         if "error" in event:
             raise ServerError(event["error"].get("message", "The server failed."))
         for choice in event.get("choices", ()):
-            if text := choice["delta"].get("content"):
-                yield text
+            delta = choice["delta"]
+            if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+                yield Said(thought, is_thought=True)
+            if text := delta.get("content"):
+                yield Said(text)
     raise ServerError("The server ended the answer early.")
 
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from octavo.cluster.chat import ChatClient, chat, talk
+from octavo.cluster.chat import ChatClient, Said, chat, talk
 from octavo.engine.text.byte_tokenizer import ByteTokenizer
 
 
@@ -33,6 +33,14 @@ def test_a_conversation(harness):
         "system\nBe kind.\nuser\nfirst\nassistant\nanswer 1\nuser\nsecond\nassistant\n",
     ]
     assert (client.seen[0].params.temperature, client.seen[0].params.seed) == (0.5, 3)
+
+
+def test_thoughts_are_shown_and_left_out_of_the_conversation(harness):
+    client = harness.Client(replies=("<think>Hm.</think>Yes.",), step=4)
+    with harness.server(client, reasoning_parser="think") as url:
+        result = run("one\ntwo\n", "--url", url)
+    assert "Hm.\n\nYes." in result.output
+    assert prompts(client)[1] == "user\none\nassistant\nYes.\nuser\ntwo\nassistant\n"
 
 
 def test_commands(harness):
@@ -85,7 +93,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch):
         def answer(self, body):
             asked.append([message["content"] for message in body["messages"]])
             try:
-                yield "begun"
+                yield Said("begun")
                 if len(asked) == 1:
                     raise KeyboardInterrupt
             finally:
