@@ -43,7 +43,7 @@ class ResponsesDialect:
         yield self._numbered({"type": "response.in_progress", "response": response})
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
-        return [self._numbered(event) for event in self._output.push(piece)]
+        return [self._numbered(event) for event in self._output.events(piece)]
 
     def closing(self, usage: dict[str, Any]) -> Iterable[dict[str, Any]]:
         response = self._response(usage)
@@ -62,8 +62,7 @@ class ResponsesDialect:
 
     def whole(self, pieces: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
         for piece in pieces[0]:
-            for _ in self._output.push(piece):
-                pass
+            self._output.push(piece)
         return self._response(usage)
 
     def _response(self, usage: dict[str, Any]) -> dict[str, Any]:

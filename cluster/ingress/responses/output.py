@@ -64,17 +64,20 @@ class Output:
     def items(self) -> list[dict[str, Any]]:
         return [self._item(passage, self._status(passage)) for passage in self._passages.all]
 
-    def push(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The events of `piece`, without sequence numbers. To be iterated to the end."""
+    def push(self, piece: Piece) -> list[Change]:
+        """Take `piece`, which follows those pushed before."""
         changes = self._passages.push(piece)
+        self._ids.extend(new_id(_PREFIXES[passage.kind]) for passage in self._passages.all[len(self._ids) :])
         self._is_cut_off = piece.finish_reason in (None, "length")
-        for change in changes:
+        return changes
+
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """The same, with the events it makes; without sequence numbers. To be iterated to the end."""
+        for change in self.push(piece):
             yield from self._events(change)
 
     def _events(self, change: Change) -> Iterator[dict[str, Any]]:
         passage = change.passage
-        if isinstance(change, Begun):
-            self._ids.append(new_id(_PREFIXES[passage.kind]))
         names = self._names[passage.kind]
         item = {"output_index": passage.number}
         place = {"item_id": self._ids[passage.number], **item}
