@@ -165,9 +165,8 @@ def one_by_one(messages: Messages) -> list[Mapping[str, Any]]:
             answers.append(left.pop(0))
         for number, call in enumerate(calls):
             result.append({**message, "tool_calls": [call], "content": message["content"] if number == 0 else ""})
-            its_own = [each for each in answers if each.get("tool_call_id") == call.get("id")] or answers[:1]
-            result += its_own[:1]
-            answers = [each for each in answers if each is not (its_own or [None])[0]]
+            own = next((at for at, each in enumerate(answers) if each.get("tool_call_id") == call.get("id")), 0)
+            result += [answers.pop(own)] if answers else []
         result += answers
     return result
 
