@@ -26,6 +26,7 @@ engine:
   enable_prefix_caching: false
 limits:
   max_body_bytes: 1MiB
+  max_stored_bytes: 0
   request_timeout_s: 30
 """
     )
@@ -44,6 +45,7 @@ limits:
     assert model.num_replicas == 3
     assert config.limits.max_body_bytes == 1 << 20
     assert config.limits.request_timeout_s == 30.0
+    assert config.limits.max_stored_bytes == 0
 
 
 def test_defaults_are_those_of_the_dataclass():
@@ -80,6 +82,7 @@ def test_several_models():
         ({"engine": {"kv_cache_memory_bytes": "4 gibibytes"}}, "4 gibibytes"),
         ({"engine": [1]}, "engine"),
         ({"limits": {"max_body_bytes": 0}}, "limits.max_body_bytes"),
+        ({"limits": {"max_stored_bytes": -1}}, "limits.max_stored_bytes"),
         ({"limits": {"max_body": 1}}, "limits.max_body"),
         ({"routing": {"policy": "random"}}, "routing.policy"),
         ({"routing": {"polcy": "prefix"}}, "routing.polcy"),
