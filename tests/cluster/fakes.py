@@ -12,10 +12,14 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import RankLost
 from octavo.engine.loop import EngineLoop
 from octavo.engine.params import SamplingParams
-from octavo.engine.runner.fake import CostModel, FakeRunner
+from octavo.engine.pooling.info import PoolingInfo
+from octavo.engine.pooling.params import PoolingParams
+from octavo.engine.pooling.prompts import pooling_request
+from octavo.engine.runner.fake import FAKE_EMBEDDING, CostModel, FakeRunner
 from octavo.engine.types import EngineInfo, Request
 
-INFO = EngineInfo("fake", 2048, 258, (257,), "none", "none", 16, 1024, phases=(("build", 0.25),))
+POOLING = PoolingInfo(embedding_size=FAKE_EMBEDDING)
+INFO = EngineInfo("fake", 2048, 258, (257,), "none", "none", 16, 1024, phases=(("build", 0.25),), pooling=POOLING)
 
 
 def fake_loop(on_deltas: Callable, *, step_s: float = 0.001, **options) -> EngineLoop:
@@ -34,6 +38,11 @@ def fake_replica(
 def request(request_id: str = "r", prompt: int = 8, max_tokens: int = 10, **params) -> Request:
     given = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **{"temperature": 0.0, "seed": 1, **params})
     return Request(request_id, tuple(range(97, 97 + prompt)), given)
+
+
+def pooled_request(request_id: str = "r", prompt: int = 8, **params) -> Request:
+    ids = tuple(range(97, 97 + prompt))
+    return pooling_request(request_id, ids, POOLING.resolve(PoolingParams(**params)), arrival_time=0.0)
 
 
 class FakeHandle:

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import pytest
-from fakes import INFO, request, until
+from fakes import INFO, pooled_request, request, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +106,15 @@ async def test_killed_after_every_token():
         assert len(resumed) == 1
         assert replicas.avoided == [set(), {"replica-0"}]
         assert replicas.live == 0
+
+
+async def test_a_prompt_that_is_pooled_begins_again():
+    given = pooled_request(prompt=40, pooling_type="mean")
+    (whole,) = deltas_of(given)
+    assert whole.pooled
+    replicas = Replicas([lost(0), lost(-1)])
+    assert await collect(FailoverClient(replicas, 5.0), given) == [whole]
+    assert replicas.seen == [given] * 3
 
 
 @settings(max_examples=100, deadline=None)

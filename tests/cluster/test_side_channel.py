@@ -2,10 +2,12 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
+import fakes
 import grpc
 import pytest
-from fakes import INFO, fake_loop, fake_replica, local_client, request, until
+from fakes import INFO, fake_loop, fake_replica, local_client, pooled_request, request, until
 
 from octavo.cluster import token_sender, wire
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
@@ -75,6 +77,24 @@ async def test_many_requests_share_one_channel(side, monkeypatch):
     assert max(batches) >= 8  # one message for a step of eight, or for several of them
     assert len(batches) < 8 * 20 / 2
     assert not receiver._open
+
+
+async def test_pooled_vectors_arrive_as_the_engine_made_them(side):
+    _, client, _ = side
+    given = [pooled_request(f"r{i}", 8 + 30 * i, pooling_type=way) for i, way in enumerate(("last", "mean", "cls"))]
+    wanted: dict[str, bytes] = {}
+    loop = fake_loop(lambda deltas: wanted.update((d.request_id, d.pooled) for d in deltas))
+    loop.start()
+    for each in given:
+        loop.submit(each)
+    await until(lambda: len(wanted) == 3)
+    loop.stop()
+
+    async def pool(each):
+        (delta,) = [delta async for delta in client.generate(each)]
+        return delta.request_id, delta.pooled
+
+    assert dict(await asyncio.gather(*map(pool, given))) == wanted
 
 
 async def test_parallel_samples_end_one_by_one(side):
@@ -243,6 +263,15 @@ async def test_the_first_token_proves_a_replica():
     broken = fake_replica(step_timeout_s=0.1, step_s=5.0)
     with pytest.raises(RankLost, match="first token"):
         await broken.first_token()
+
+
+async def test_a_replica_that_generates_nothing_proves_itself_by_pooling(monkeypatch):
+    info = replace(INFO, pooling=replace(INFO.pooling, generates=False, is_causal=False, pooling_type="mean"))
+    monkeypatch.setattr(fakes, "INFO", info)
+    replica = fake_replica()
+    await replica.first_token()
+    assert (replica._loop.stats().generation_tokens, replica._loop.stats().first_tokens) == (0, 1)
+    await replica.close()
 
 
 async def test_a_draining_replica_hands_over_before_it_is_killed(side):
