@@ -89,6 +89,8 @@ BAD = {
     "spaces_between_special_tokens": [None],
     "include_stop_str_in_output": [1.0],
     "skip_reading_prefix_cache": [0, "no"],
+    "structured_outputs": [{"json": "{}"}, "{}", True, 5],
+    "beams": [4, {"width": 4}, True],
     "logit_bias": [
         5,
         [],
