@@ -101,12 +101,22 @@ def _content(value: Any) -> str | list[Any] | None:
     return value
 
 
+def _early_stopping(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool) and value != "never":
+        raise ValueError('must be true, false or "never"')
+    return value
+
+
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 Content = Annotated[
     str | list[Any] | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]] | None)
+]
+EarlyStopping = Annotated[
+    bool | Literal["never"] | None,
+    PlainValidator(_early_stopping, json_schema_input_type=bool | Literal["never"] | None),
 ]
 ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
 Texts = Annotated[list[str] | None, BeforeValidator(_one_as_list, json_schema_input_type=str | list[str] | None)]
@@ -192,7 +202,7 @@ class GenerationBody(Body):
     use_beam_search: bool | None = None
     beam_width: int | None = None
     length_penalty: float | None = None
-    early_stopping: bool | Literal["never"] | None = None
+    early_stopping: EarlyStopping = None
     stream_interval: int | None = None
     return_prompt_text: bool | None = None
     return_token_ids: bool | None = None
