@@ -11,8 +11,9 @@ from typing import Any
 
 from scripted import INFO, ScriptedClient
 
+from octavo.engine.grammar.grammars import CompiledGrammars
 from octavo.engine.grammar.spec import StructuredOutputs
-from octavo.engine.text.byte_tokenizer import ByteTokenizer
+from octavo.engine.text.byte_tokenizer import EOS, ByteTokenizer
 from octavo.engine.types import Request
 
 CITIES = ("Paris", "Rome", "Oslo")
@@ -144,13 +145,35 @@ def _schema(form: StructuredOutputs | None) -> dict[str, Any] | None:
 
 
 class Actor(ScriptedClient):
-    """EngineClient of the model. thoughtful: it thinks before it answers."""
+    """EngineClient of the model. is_thoughtful: it thinks before it answers. What is asked of the form of its outputs
+    changes nothing for a model that does the right thing: a form that does not allow it is an error of the server's.
+    """
 
     def __init__(self, *, is_thoughtful: bool = False, step: int = 5, delay_s: float = 0.0) -> None:
         info = replace(INFO, max_model_len=1 << 16)
         super().__init__(step=step, delay_s=delay_s, info_value=info, reply_of=self._play)
         self._is_thoughtful = is_thoughtful
+        self._grammars = CompiledGrammars(ByteTokenizer, INFO.vocab_size, INFO.eos_token_ids)
 
     def _play(self, request: Request) -> str:
         prompt = ByteTokenizer().decode(request.prompt_token_ids, skip_special_tokens=False)
-        return Scene.of(prompt, is_thoughtful=self._is_thoughtful).reply(request.params.structured_outputs)
+        form = request.params.structured_outputs
+        reply = Scene.of(prompt, is_thoughtful=self._is_thoughtful).reply(form)
+        return reply if form is None else self._in_form(reply, form)
+
+    def _in_form(self, reply: str, form: StructuredOutputs) -> str:
+        mark = bytes(form.begins_after).decode()
+        assert mark in reply, f"the form waits for {mark!r}: {reply!r}"
+        free, text = reply[: reply.index(mark) + len(mark)], reply[reply.index(mark) + len(mark) :]
+        for allowed in (text, text.lstrip()):  # a sampler does not draw white space that its mask lacks
+            if self._allows(allowed, form):
+                return free + allowed
+        raise AssertionError(f"{reply!r} is not allowed by {form}")
+
+    def _allows(self, text: str, form: StructuredOutputs) -> bool:
+        matcher = self._grammars.compile(form).result().matcher()
+        for token in (*text.encode(), EOS):
+            if matcher.ended:
+                return token == EOS
+            matcher.take(token)
+        return matcher.error is None
