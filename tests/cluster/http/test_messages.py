@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import logging
+import re
 
 import anthropic
 import httpx2
@@ -401,6 +403,22 @@ async def test_unknown_fields_are_taken_and_reported_once(harness, caplog):
             assert (await http.post("/v1/messages", json=body)).status_code == 200
     warned = [record.getMessage() for record in caplog.records if "unknown field" in record.getMessage()]
     assert warned == ["requests have an unknown field 'new_field': it has no effect"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/messages", ask()), ("/v1/responses", {"input": "Hi"})])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_access_log_metrics_and_document_know_the_paths(harness, caplog, path, body, stream):
+    with caplog.at_level(logging.INFO, "octavo.access"):
+        async with harness.http(harness.Client()) as http:
+            await http.post(path, json={**body, "stream": stream}, headers={"x-request-id": "one"})
+            metrics = (await http.get("/metrics")).text
+            document = (await http.get("/openapi.json")).json()
+    line = next(record.getMessage() for record in caplog.records if record.name == "octavo.access")
+    for part in (f"POST '{path}' id=one ", "status=200", "prompt_tokens=22", "completion_tokens=13", "outcome=stop"):
+        assert part in line
+    assert re.search(r'^octavo:request_success_total\{.*finished_reason="stop".*\} [1-9]', metrics, re.MULTILINE)
+    reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    assert body.keys() <= document["components"]["schemas"][reference.rsplit("/", 1)[1]]["properties"].keys()
 
 
 async def test_a_client_that_leaves_ends_its_request(harness):
