@@ -25,7 +25,7 @@ _GUIDED = {
     "guided_json_object": "json_object",
 }
 _ASIDE = {"guided_whitespace_pattern": "whitespace_pattern"}
-_FIELDS = frozenset(StructuredOutputs.__dataclass_fields__) - {"begins_after"}
+FORM_FIELDS = frozenset(StructuredOutputs.__dataclass_fields__) - {"begins_after"}
 
 
 def structured_of(body: GenerationBody) -> StructuredOutputs | None:
@@ -93,7 +93,7 @@ def _structured_outputs(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if not value:
         return None
     for name in value:
-        if name not in _FIELDS and not name.startswith("_"):
+        if name not in FORM_FIELDS and not name.startswith("_"):
             raise RequestError(f"structured_outputs has no field {name!r}.", f"structured_outputs.{name}")
     return {name: item for name, item in value.items() if item is not None and not name.startswith("_")} or None
 

@@ -7,7 +7,8 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from octavo.cluster.ingress.protocol import Beyond, ChatBody, CompletionBody, Message, TokenizeBody, body_of
-from octavo.cluster.wire import beams_from_proto
+from octavo.cluster.ingress.structured import FORM_FIELDS
+from octavo.cluster.wire import beams_from_proto, structured_from_proto
 from octavo.engine.errors import RequestError
 from octavo.protos.octavo.v1 import inference_pb2
 
@@ -39,6 +40,10 @@ def generation_body(request: Any) -> CompletionBody | ChatBody:
         beams = beams_from_proto(params.beams)
         values |= {"use_beam_search": True, "beam_width": beams.width}
         values |= {"length_penalty": beams.length_penalty, "early_stopping": beams.early_stopping}
+    if params.HasField("structured_outputs"):
+        form = structured_from_proto(params.structured_outputs)
+        given = {name: getattr(form, name) for name in FORM_FIELDS}
+        values["structured_outputs"] = {name: value for name, value in given.items() if value not in (None, False, ())}
     fill_context = params.HasField("max_tokens") and params.max_tokens == 0
     if not fill_context:
         values |= _given(params, ("max_tokens",))

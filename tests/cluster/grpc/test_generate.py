@@ -13,7 +13,9 @@ from scripted import logprobs_of
 
 from octavo.cluster.ingress.app import create_app
 from octavo.cluster.ingress.client import ReplicaLost
+from octavo.engine.beam import Beams
 from octavo.engine.errors import CapacityError, RankLost, StepError
+from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import GenerationDefaults
 from octavo.protos.octavo.v1 import inference_pb2 as pb
@@ -71,7 +73,8 @@ async def failure(call, about=""):
 
 @pytest.mark.parametrize("prompt", [{"text": "Hi"}, {"chat": {"messages": [{"role": "user", "content": "Hi"}]}}])
 async def test_every_sampling_parameter_reaches_the_engine(harness, prompt):
-    assert ALL.keys() == {field.name for field in sampling_pb2.SamplingParams.DESCRIPTOR.fields}
+    fields = {field.name for field in sampling_pb2.SamplingParams.DESCRIPTOR.fields}
+    assert ALL.keys() == fields - {"beams", "structured_outputs"}
     engine = harness.Client()
     async with harness.serving(engine) as server:
         params = sampling_pb2.SamplingParams(**ALL)
@@ -82,6 +85,22 @@ async def test_every_sampling_parameter_reaches_the_engine(harness, prompt):
     assert request.params == SamplingParams(**ALL)
     assert (request.priority, request.cache_salt, request.session_id) == (-3, "salt", "conversation")
     assert request.bad_words_token_ids
+
+
+@pytest.mark.parametrize("prompt", [{"text": "Hi"}, {"chat": {"messages": [{"role": "user", "content": "Hi"}]}}])
+async def test_searches_and_forms_reach_the_engine(harness, prompt):
+    engine = harness.Client()
+    beams = {"width": 4, "length_penalty": 0.5, "early_stopping": sampling_pb2.Beams.EARLY_STOPPING_NEVER}
+    async with harness.serving(engine) as server:
+        for params in (sampling_pb2.SamplingParams(n=2, beams=beams), sampling_pb2.SamplingParams(n=1)):
+            await server.stub.GenerateUnary(pb.GenerationRequest(**prompt, params=params))
+        form = sampling_pb2.SamplingParams(structured_outputs={"choice": ["a", "b"]})
+        await server.stub.GenerateUnary(pb.GenerationRequest(**prompt, params=form))
+        wrong = sampling_pb2.SamplingParams(beams={"width": 4, "early_stopping": 9})
+        code, details, _, _ = await failure(server.stub.GenerateUnary(pb.GenerationRequest(**prompt, params=wrong)))
+    assert [request.params.beams for request in engine.seen] == [Beams(4, 0.5, "never"), None, None]
+    assert engine.seen[2].params.structured_outputs == StructuredOutputs(choice=("a", "b"))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT, details
 
 
 async def test_what_is_absent_is_as_over_http(harness):
