@@ -1,16 +1,19 @@
 """The whole of it: `octavo serve` with the real model, and the official client asking for 16 things at once."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from octavo.cluster import machine
 from octavo.engine import LLM, SamplingParams
@@ -105,6 +108,73 @@ async def test_seeds_samples_and_logprobs(url):
     assert len(one.choices[0].logprobs.token_logprobs) == one.usage.completion_tokens // 2 == 12
     with pytest.raises(openai.BadRequestError, match=r"1024"):
         await client.completions.create(model="m", prompt=[5] * 2000)
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: str = Field(max_length=24)
+    unit: Literal["celsius", "fahrenheit"]
+
+
+class Report(BaseModel):
+    city: str = Field(max_length=24)
+    degrees: int = Field(ge=-60, le=140)
+    sky: Literal["clear", "cloudy", "rainy"]
+
+
+async def test_a_small_model_calls_tools_and_keeps_to_a_form_at_temperature_one(url):
+    """It could do neither by itself. Conversations of two turns, side by side; half of them are streamed."""
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    asked = {"model": "m", "temperature": 1.0, "max_tokens": 400}
+
+    async def parsed(streams: bool, **body) -> openai.types.chat.ParsedChatCompletion:
+        if not streams:
+            return await client.chat.completions.parse(**asked, **body)
+        async with client.chat.completions.stream(**asked, **body) as stream:
+            return await stream.get_final_completion()
+
+    async def talk(seed: int) -> None:
+        messages = [{"role": "user", "content": "What is the weather like in Paris?"}]
+        forced = "required" if seed < 2 else {"type": "function", "function": {"name": "Weather"}}
+        first = await parsed(
+            seed % 2 == 0,
+            messages=messages,
+            tools=[openai.pydantic_function_tool(Weather)],
+            tool_choice=forced,
+            parallel_tool_calls=False,
+            seed=seed,
+        )
+        (call,) = first.choices[0].message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Weather)
+        messages.append(first.choices[0].message.to_dict())
+        messages.append({"role": "tool", "tool_call_id": call.id, "content": "18 degrees and some clouds"})
+        second = await parsed(seed % 2 == 0, messages=messages, response_format=Report, seed=seed)
+        assert isinstance(second.choices[0].message.parsed, Report)
+
+    await asyncio.gather(*(talk(seed) for seed in range(4)))
+
+
+async def test_choices_expressions_and_schemas_that_cannot_be(url):
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    async def complete(**form) -> str:
+        made = await client.completions.create(
+            model="m", prompt="The year is", max_tokens=40, temperature=1.0, extra_body={"structured_outputs": form}
+        )
+        return made.choices[0].text
+
+    chosen, year, numbers = await asyncio.gather(
+        complete(choice=["green", "blue"]),
+        complete(regex="(19|20)[0-9]{2}"),
+        complete(json={"type": "array", "items": {"type": "integer", "maximum": 9}, "minItems": 2, "maxItems": 3}),
+    )
+    assert chosen in ("green", "blue")
+    assert 1900 <= int(year) < 2100
+    assert 2 <= len(json.loads(numbers)) <= 3
+    with pytest.raises(openai.BadRequestError) as refused:
+        await complete(regex="(")
+    assert refused.value.param == "structured_outputs.regex"
 
 
 def _metrics(url: str) -> str:
