@@ -110,6 +110,16 @@ def test_thoughts_do_not_get_in_the_way(server):
     assert thinker.invoke("Hello!").content == "You said “Hello!”, and I know no more."
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_thoughts_are_shown_where_they_are_asked_for(server, streams):
+    asked = {"use_responses_api": True, "reasoning": {"summary": "auto"}}
+    thinker = ChatOpenAI(model="thinker", base_url=f"{server}/v1", api_key="none", max_retries=0, **asked)
+    chunks = list(thinker.stream("Hello!")) if streams else [thinker.invoke("Hello!")]
+    blocks = sum(chunks[1:], chunks[0]).content_blocks
+    assert [block["type"] for block in blocks] == ["reasoning", "text"]
+    assert blocks[0]["reasoning"] == "What do I know about the weather?"
+
+
 def test_errors_are_the_openai_clients(model):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         model.bind(temperature=-1).invoke("Hello!")

@@ -6,6 +6,7 @@ import json
 
 import openai
 import pytest
+from openai.lib.responses_tool_runner import RegisteredFunction, ResponsesToolRunner
 from pydantic import BaseModel
 
 WEATHER = {"Paris": 21, "Rome": 27, "Oslo": -3}
@@ -136,6 +137,17 @@ def test_responses_call_a_tool_and_answer(client, model):
     with client.responses.stream(model=model, input=stateless, tools=[tool], store=False) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
     assert text == second.output_text == stream.get_final_response().output_text
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("model", ["actor", "thinker"])
+def test_the_clients_own_runner_of_tools(client, model, streams):
+    """It checks every item that the server sends, and the items of a stream against the response at its end."""
+    tool = {"type": "function", "strict": False, **TOOL["function"]}
+    runner = ResponsesToolRunner(functions=[RegisteredFunction(tool, lambda arguments: get_weather(**arguments))])
+    asked = {"model": model, "input": "How is the weather in Rome and Oslo?"}
+    answer = runner.run(client, asked, max_steps=3, stream=streams)
+    assert answer.output_text == "The tools say: 27 °C in Rome; -3 °C in Oslo."
 
 
 @pytest.mark.parametrize("model", ["actor", "thinker"])
