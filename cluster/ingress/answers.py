@@ -23,8 +23,8 @@ from octavo.cluster.ingress.visit import Places, Visit
 
 logger = logging.getLogger(__name__)
 
-# A client that has not taken the end of its stream after this long is cut off.
-LAST_EVENTS_S = 300.0
+# A client that does not take what is written to it for so long is cut off. Twice that, at the worst.
+STALL_S = 150.0
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -117,9 +117,12 @@ class StreamedAnswer(_Answer):
         self.early_errors_s = early_errors_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = _Stream(send, [*map(self.dialect.form.event, self.dialect.opening())])
+        async with stream.attended(self.early_errors_s):
+            await self._run(stream, receive)
+
+    async def _run(self, stream: _Stream, receive: Receive) -> None:
         dialect, write = self.dialect, self.dialect.form.event
-        stream = _Stream(send, [*map(write, dialect.opening())])
-        opener = asyncio.create_task(stream.open_after(self.early_errors_s))
         try:
             with self.places.taken(), self.visit.recorded(self.generation):
                 async with self.limits(receive), aclosing(self.generation.pieces()) as pieces:
@@ -134,8 +137,6 @@ class StreamedAnswer(_Answer):
             await stream.end([*map(write, dialect.failed(refused)), dialect.form.end])
         else:
             await stream.end([*map(write, dialect.closing(self.generation.usage())), dialect.form.end])
-        finally:
-            opener.cancel()
 
 
 class _Stream:
@@ -147,22 +148,50 @@ class _Stream:
         self._send = send
         self._opening = opening
         self._lock = asyncio.Lock()
+        self._num_begun = self._num_done = 0  # writes
+        self._has_stalled = False
 
-    async def open_after(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    @asynccontextmanager
+    async def attended(self, open_after_s: float) -> AsyncIterator[None]:
+        """The stream is opened after so long if nobody has, and left with ClientGone if its client stops reading."""
+        task = asyncio.current_task()
+        assert task is not None
+        attendant = asyncio.create_task(self._attend(open_after_s, task))
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._has_stalled:
+                raise
+            task.uncancel()
+            raise ClientGone from None
+        finally:
+            attendant.cancel()
+
+    async def _attend(self, open_after_s: float, task: asyncio.Task[Any]) -> None:
+        await asyncio.sleep(open_after_s)
         await self._open()
+        writing, before = 0, -1  # the number of the write under way, 0 = none
+        while not writing or writing != before:
+            await asyncio.sleep(STALL_S)
+            writing, before = self._num_begun if self._num_begun > self._num_done else 0, writing
+        self._has_stalled = True
+        task.cancel()
 
     async def send(self, events: Sequence[bytes]) -> None:
         if not self._is_under_way:
             await self._open()
         if events:
-            await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+            await self._write(events, more=True)
 
     async def end(self, events: Sequence[bytes]) -> None:
-        """The last events. A client that does not read them in time is cut off."""
-        async with asyncio.timeout(LAST_EVENTS_S):
-            await self._open()
-            await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": False})
+        """The last events."""
+        await self._open()
+        await self._write(events, more=False)
+
+    async def _write(self, events: Sequence[bytes], more: bool) -> None:
+        self._num_begun += 1
+        await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": more})
+        self._num_done += 1
 
     async def _open(self) -> None:
         async with self._lock:

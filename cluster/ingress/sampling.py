@@ -69,8 +69,8 @@ def sampling_params(
 
 
 def beams_of(body: GenerationBody) -> Beams | None:
-    """How to search, if the body asks for it: for the n best of beam_width beams (best_of in completions), which is n if
-    not given. Raises RequestError."""
+    """How to search, if the body asks for it: for the n best of beam_width beams (best_of in completions), which are n
+    if not given. Raises RequestError."""
     if not body.use_beam_search:
         return None
     if body.stream:

@@ -23,8 +23,8 @@ PATH = "/v1/chat/completions"
 
 
 @contextlib.contextmanager
-def fake_engine(**config):
-    engine = build_engine(EngineConfig(model="fake", **config))
+def fake_engine(model="fake", **config):
+    engine = build_engine(EngineConfig(model=model, **config))
     loops = []
 
     def start(on_deltas):
@@ -213,3 +213,71 @@ async def test_a_slow_reader_costs_no_events_and_slows_nobody(harness):
     entries = [entry for event in events if event["logprobs"] for entry in event["logprobs"]["content"]]
     assert entries == whole["logprobs"]["content"]
     assert max(map(len, texts)) > 50, "what piles up must merge"
+
+
+def open_stream(url, body, receive_buffer=4096):
+    """A socket on which the answer to `body` arrives, and nobody reads."""
+    address = httpx.URL(url)
+    data = json.dumps(body).encode()
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    reader.connect((address.host, address.port))
+    reader.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+    return reader
+
+
+async def seconds_of(url, body):
+    """How long a stream takes whose client reads."""
+    async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+        started = time.monotonic()
+        async with http.stream("POST", PATH, json={**body, "stream": True}) as response:
+            assert "[DONE]" in (await response.aread()).decode()
+        return time.monotonic() - started
+
+
+async def test_readers_that_crawl_slow_nobody_and_take_no_more_than_their_tokens(harness):
+    long = {**HI, "max_tokens": 1500, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 5}
+    quick = {**HI, "max_tokens": 100, "ignore_eos": True}
+    with fake_engine(model="fake:step_ms=1") as client, contextlib.ExitStack() as stack:
+        url = stack.enter_context(harness.server(client, send_buffer=4096, served_model_names=("fake",)))
+        alone = min([await seconds_of(url, quick) for _ in range(3)])
+        readers = [stack.enter_context(open_stream(url, {**long, "seed": i})) for i in range(8)]
+        crawling = asyncio.create_task(crawl(readers[0]))
+        await harness.eventually(lambda: len(client._mailboxes) == 8)
+        beside = min([await seconds_of(url, quick) for _ in range(3)])
+        assert beside < 3 * alone + 0.1, (alone, beside)
+        await idle(client)  # no block is held for those who do not read
+        waiting = [sum(map(len, box._pending.values())) for box in client._mailboxes.values()]
+        assert len(waiting) == 8
+        assert 0 < max(waiting) <= 1500
+        assert min([await seconds_of(url, quick) for _ in range(3)]) < 2 * alone + 0.1
+        crawling.cancel()
+        for reader in readers:
+            reader.close()
+        await harness.eventually(lambda: not client._mailboxes)
+
+
+async def crawl(reader):
+    """A byte every tenth of a second."""
+    while True:
+        await asyncio.to_thread(reader.recv, 1)
+        await asyncio.sleep(0.1)
+
+
+async def test_a_reader_that_never_comes_back_is_cut_off(harness, monkeypatch, caplog):
+    monkeypatch.setattr("octavo.cluster.ingress.answers.STALL_S", 0.3)
+    long = {**HI, "max_tokens": 1500, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 5}
+    with fake_engine(model="fake:step_ms=0.2") as client, contextlib.ExitStack() as stack:
+        url = stack.enter_context(
+            harness.server(
+                client, send_buffer=4096, early_errors_s=0.1, served_model_names=("fake",), max_ongoing_requests=1
+            )
+        )
+        stack.enter_context(open_stream(url, long))
+        await harness.eventually(lambda: len(client._mailboxes) == 1)
+        async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            assert (await http.post(PATH, json=HI)).status_code == 429
+            await harness.eventually(lambda: not client._mailboxes, 5)
+            await idle(client)
+            assert (await http.post(PATH, json=HI)).status_code == 200, "its place is free"
+    assert not [record for record in caplog.records if record.exc_info]
