@@ -104,7 +104,8 @@ def params_to_proto(params: SamplingParams) -> Any:
         proto.structured_outputs.CopyFrom(structured_to_proto(params.structured_outputs))
     if params.beams is not None:
         proto.beams.width, proto.beams.length_penalty = params.beams.width, params.beams.length_penalty
-        proto.beams.early_stopping = _EARLY_STOPPING.index(params.beams.early_stopping)
+        number: Any = _EARLY_STOPPING.index(params.beams.early_stopping)
+        proto.beams.early_stopping = number
     return proto
 
 
@@ -165,6 +166,7 @@ def request_to_proto(request: Request) -> Any:
         bad_words_token_ids=[tokens_pb2.Tokens(ids=ids) for ids in request.bad_words_token_ids],
         resume=[tokens_pb2.Resumed(index=item.index, token_ids=item.token_ids) for item in request.resume],
         pooling=None if request.pooling is None else pooling_to_proto(request.pooling),
+        more_prompts=[tokens_pb2.Tokens(ids=ids) for ids in request.more_prompts],
     )
 
 
@@ -180,6 +182,7 @@ def request_from_proto(proto: Any, arrival_time: float) -> Request:
         bad_words_token_ids=tuple(tuple(tokens.ids) for tokens in proto.bad_words_token_ids),
         resume=tuple(Resumed(item.index, tuple(item.token_ids)) for item in proto.resume),
         pooling=pooling_from_proto(proto.pooling) if proto.HasField("pooling") else None,
+        more_prompts=tuple(tuple(tokens.ids) for tokens in proto.more_prompts),
     )
 
 

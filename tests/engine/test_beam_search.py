@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 
+from octavo.engine import LLM, BeamSearchParams
 from octavo.engine.beam import Beams
 from octavo.engine.build import build_engine
 from octavo.engine.config import EngineConfig
+from octavo.engine.errors import RequestError
 from octavo.engine.params import SamplingParams
 from octavo.engine.types import Request
 
@@ -67,17 +69,21 @@ def search(core, prompts, beams, **params):
     return [[deltas[f"r{number}", i] for i in range(beams.width)] for number in range(len(prompts))]
 
 
-@pytest.mark.parametrize("condition", [{}, {"max_num_seqs": 3}, {"num_gpu_blocks_override": 14},
-                                       {"enable_prefix_caching": False}, {"max_num_batched_tokens": 32}],
-                         ids=str)  # fmt: skip
+SEARCHES = [
+    (1, 1.0, False, ENDS), (2, 1.0, False, ENDS), (4, 1.0, False, ENDS), (4, 0.0, "never", ENDS),
+    (4, 2.0, "never", ENDS), (3, 0.5, True, ENDS), (4, -1.0, False, ENDS[:1]), (5, 1.0, False, ()),
+]  # fmt: skip
+CONDITIONS = [{"max_num_seqs": 3}, {"num_gpu_blocks_override": 14}, {"enable_prefix_caching": False},
+              {"max_num_batched_tokens": 32}]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("width", "penalty", "early", "ends"),
-    [(1, 1.0, False, ENDS), (2, 1.0, False, ENDS), (4, 1.0, False, ENDS), (4, 0.0, "never", ENDS),
-     (4, 2.0, "never", ENDS), (3, 0.5, True, ENDS), (4, -1.0, False, ENDS[:1]), (5, 1.0, False, ())],
-)  # fmt: skip
-def test_beams_equal_transformers(llama, condition, width, penalty, early, ends):
-    if condition and (width, penalty, early) != (4, 1.0, False):
-        return  # how the search goes and how it is scheduled have nothing to do with one another
+    ("condition", "search_for"),
+    [*(({}, one) for one in SEARCHES), *((condition, SEARCHES[2]) for condition in CONDITIONS)],
+    ids=str,
+)
+def test_beams_equal_transformers(llama, condition, search_for):
+    width, penalty, early, ends = search_for
     folder, model = llama
     core = start(folder, **condition)
     try:
@@ -86,10 +92,9 @@ def test_beams_equal_transformers(llama, condition, width, penalty, early, ends)
         core.close()
     for prompt, deltas in zip(PROMPTS, found, strict=True):
         if width == 1:  # transformers searches greedily then
-            want = reference(model, prompt, 2, ends, length_penalty=penalty, early_stopping=early)
             greedy = tiny.reference_greedy(model, [prompt], NEW)[0]
             end = next((at + 1 for at, token in enumerate(greedy) if token in ends), NEW)
-            assert list(deltas[0].token_ids) == greedy[:end], want
+            assert list(deltas[0].token_ids) == greedy[:end]
             continue
         want = reference(model, prompt, width, ends, length_penalty=penalty, early_stopping=early)
         assert [list(delta.token_ids) for delta in deltas] == [tokens for tokens, _ in want]
@@ -112,3 +117,27 @@ def test_min_tokens_as_in_transformers(llama):
     for prompt, deltas in zip(PROMPTS, found, strict=True):
         want = reference(model, prompt, 4, ENDS, min_new_tokens=6)
         assert [list(delta.token_ids) for delta in deltas] == [tokens for tokens, _ in want]
+
+
+def test_the_library_speaks_vllms_shapes():
+    with pytest.raises(RequestError, match="beam width"):
+        BeamSearchParams(0, 5).sampling_params()
+    llm = LLM("fake:step_ms=0")
+    try:
+        found, again = llm.beam_search(["Once", [1, 2, 3]], BeamSearchParams(beam_width=3, max_tokens=6))
+        (alone,) = llm.beam_search("Once", BeamSearchParams(3, 6, temperature=0.9, length_penalty=2.0))
+    finally:
+        llm.close()
+    assert len(found.sequences) == len(again.sequences) == 3
+    best = found.sequences[0]
+    prompt = llm.get_tokenizer().encode("Once")
+    assert best.tokens[: len(prompt)] == list(prompt)
+    assert best.text.startswith("Once")
+    assert best.text == llm.get_tokenizer().decode(best.tokens)
+    assert best.cum_logprob == pytest.approx(
+        sum(entry[token].logprob for entry, token in zip(best.logprobs, best.tokens[len(prompt) :], strict=True))
+    )
+    scores = [beam.cum_logprob / len(beam.logprobs) for beam in found.sequences]
+    assert scores == sorted(scores, reverse=True)
+    assert [beam.finish_reason for beam in found.sequences] == ["length"] * 3
+    assert len(alone.sequences) == 3
