@@ -20,7 +20,9 @@ _REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 RESERVED_KWARGS = frozenset(
     {
         "add_generation_prompt",
+        "arguments_as_text",
         "chat_template",
+        "content_format",
         "continue_final_message",
         "conversation",
         "documents",
@@ -100,10 +102,11 @@ class PromptMaker:
         template = body.chat_template or settings.chat_template
 
         def write() -> str:
-            prepared, definitions = self._tool_prompt.prepare(messages, tools, template)
+            prepared = self._tool_prompt.prepare(messages, tools, template)
             return self._tokenizer.apply_chat_template(
-                prepared,
-                tools=definitions,
+                prepared.messages,
+                tools=prepared.tools,
+                arguments_as_text=prepared.arguments_as_text,
                 chat_template=template,
                 add_generation_prompt=not continued if opened is None else opened,
                 continue_final_message=continued,

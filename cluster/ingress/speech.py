@@ -17,7 +17,6 @@ from octavo.cluster.ingress.reading.formats import (
     NO_CALLS,
     CallFormat,
     call_format,
-    guess_call_format,
     guess_thinking,
     thinking,
 )
@@ -44,12 +43,9 @@ class Speech:
         template = settings.chat_template or tokenizer.chat_template or ""
         self._tokenizer = tokenizer
         self._configured = call_format(settings.tool_call_parser) if settings.tool_call_parser else None
-        self._guessed = guess_call_format(template)
         named = settings.reasoning_parser
         self._thinking = thinking(named) if named else guess_thinking(template)
-        taught = self._configured or HERMES
-        assert HERMES.shape is not None
-        self.tool_prompt = ToolPrompt(tokenizer, taught.shape or HERMES.shape)
+        self.tool_prompt = ToolPrompt(tokenizer, self._configured)
         self._reads_auto = settings.enable_auto_tool_choice
         self._default_template = settings.chat_template
         self._has_warned = False
@@ -117,10 +113,12 @@ class Speech:
         return own or NO_CALLS
 
     def _own_notation(self) -> CallFormat | None:
-        if self.tool_prompt.skills(self._default_template).tools:
-            return self._configured or self._guessed
+        skills = self.tool_prompt.skills(self._default_template)
+        own = self._configured or skills.notation
+        if skills.tools:
+            return own
         # What we describe to the model, for its template does not.
-        return self._configured if self._configured is not None and self._configured.shape is not None else HERMES
+        return own if own is not None and own.shape is not None else HERMES
 
     def _warn(self) -> None:
         if not self._has_warned:

@@ -1,12 +1,12 @@
 """How a model is told of tools: by its chat template, or by us where the template knows nothing of them.
 
-What a template can do is found by trying. Where it cannot, tools are described in the system message, with an example
-of the notation in which they are called; calls of earlier turns are written in that notation into the assistant's text,
-and results become messages of the user's.
+Where it does not, tools are described in the system message, with an example of the notation in which they are called.
+Calls of earlier turns are written in that notation into the assistant's text, and results become the user's messages.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,90 +15,93 @@ from functools import lru_cache
 from typing import Any
 
 from octavo.cluster.ingress.protocol import text_of
-from octavo.cluster.ingress.reading.formats import NAME, Shape
+from octavo.cluster.ingress.reading.formats import HERMES_SHAPE, NAME, CallFormat, Shape
+from octavo.cluster.ingress.template_skills import Messages, TemplateSkills, find_skills
 from octavo.cluster.ingress.tools import Tool, Tools
-from octavo.engine.errors import RequestError
 from octavo.engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Messages = Sequence[Mapping[str, Any]]
-
-_MARK, _RESULT = "octavo_looks_for_this", "octavo_looks_for_that"
-_HELLO = {"role": "user", "content": "Hello"}
-_ID = "abcdefghi"  # nine characters, which Mistral's templates insist on
+_CODE_CHARS = 9
 
 
 @dataclass(frozen=True, slots=True)
-class TemplateSkills:
-    """What a template writes: tools; calls and their results; several calls of one turn; system messages."""
+class Prepared:
+    """A conversation as a template takes it; see ChatTemplates.render."""
 
-    tools: bool
-    calls: bool
-    parallel: bool
-    system: bool
+    messages: list[Mapping[str, Any]]
+    tools: list[Mapping[str, Any]] | None = None
+    arguments_as_text: bool = False
 
 
 class ToolPrompt:
-    """For one model. `shape`: the notation to describe where the template describes none."""
+    """For one model. `notation`: the one in which it calls tools if its template describes none; None = Hermes's."""
 
-    def __init__(self, tokenizer: Tokenizer, shape: Shape) -> None:
+    def __init__(self, tokenizer: Tokenizer, notation: CallFormat | None) -> None:
         self._tokenizer = tokenizer
-        self._shape = shape
+        self._notation = notation
+        self._has_warned = False
         self.skills = lru_cache(maxsize=16)(self._skills)
 
-    def prepare(
-        self, messages: Messages, tools: Tools | None, template: str | None
-    ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]] | None]:
+    def prepare(self, messages: Messages, tools: Tools | None, template: str | None) -> Prepared:
         """Messages and tools as `template` (None: the model's own) takes them."""
         called = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
         if tools is None and not called:
-            return list(messages), None
+            return Prepared(list(messages))
         skills = self.skills(template)
-        prepared = list(messages)
-        if called and not skills.calls:
-            prepared = as_text(messages, self._shape)
-        elif called and not skills.parallel:
-            prepared = one_by_one(messages)
+        prepared = self._with_calls(messages, skills) if called else list(messages)
         if tools is None:
-            return prepared, None
+            return Prepared(prepared, None, skills.arguments_as_text)
         if skills.tools:
-            return prepared, [tool.definition for tool in tools.tools]
-        return _instruct(prepared, describe(tools, self._shape), skills.system), None
+            return Prepared(prepared, [tool.definition for tool in tools.tools], skills.arguments_as_text)
+        self._warn()
+        told = _instruct(prepared, describe(tools, self._shape(skills)), skills.system)
+        return Prepared(told, None, skills.arguments_as_text)
+
+    def _with_calls(self, messages: Messages, skills: TemplateSkills) -> list[Mapping[str, Any]]:
+        if not skills.calls:
+            return as_text(messages, self._shape(skills))
+        prepared = list(messages) if skills.parallel else one_by_one(messages)
+        return [_in_the_way_of(message, skills) for message in prepared]
+
+    def _shape(self, skills: TemplateSkills) -> Shape:
+        notation = self._notation or skills.notation
+        return (notation.shape if notation is not None else None) or HERMES_SHAPE
 
     def _skills(self, template: str | None) -> TemplateSkills:
-        tool = {"name": _MARK, "description": "None.", "parameters": {"type": "object", "properties": {}}}
-        tools = [{"type": "function", "function": tool}]
-        skills = TemplateSkills(
-            tools=_MARK in self._try([_HELLO], tools, template),
-            calls=_RESULT in (talk := self._try(_talk(1), None, template)) and _MARK in talk,
-            parallel=self._try(_talk(2), None, template).count(_MARK) > 1,
-            system=_MARK in self._try([{"role": "system", "content": _MARK}, _HELLO], None, template),
-        )
-        if not skills.tools:
+        def render(messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None, arguments_as_text: bool) -> str:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, arguments_as_text=arguments_as_text
+            )
+
+        return find_skills(render, template or self._tokenizer.chat_template or "")
+
+    def _warn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             logger.warning("the chat template knows nothing of tools: requests describe them in the system message")
-        return skills
-
-    def _try(self, messages: Messages, tools: list[dict[str, Any]] | None, template: str | None) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=template)
-        except RequestError:
-            return ""
 
 
-def _talk(calls: int) -> Messages:
-    """A conversation in which the assistant calls tools, so many in one turn."""
-    ids = [_ID[:-1] + str(number) for number in range(calls)]
-    made = [{"id": call_id, "type": "function", "function": {"name": _MARK, "arguments": {}}} for call_id in ids]
-    results = [{"role": "tool", "tool_call_id": call_id, "name": "f", "content": _RESULT} for call_id in ids]
-    return [_HELLO, {"role": "assistant", "content": "", "tool_calls": made}, *results]
+def _in_the_way_of(message: Mapping[str, Any], skills: TemplateSkills) -> Mapping[str, Any]:
+    if message["role"] == "tool" and "tool_call_id" in message:
+        return {**message, "tool_call_id": _id(message["tool_call_id"], skills)}
+    if not message.get("tool_calls"):
+        return message
+    calls = [{**call, "id": _id(call["id"], skills)} if "id" in call else call for call in message["tool_calls"]]
+    return {**message, "content": message["content"] or skills.blank, "tool_calls": calls}
+
+
+def _id(call_id: Any, skills: TemplateSkills) -> Any:
+    """Of other servers, perhaps: equal ids stay equal."""
+    if skills.long_ids or (len(text := str(call_id)) == _CODE_CHARS and text.isalnum()):
+        return call_id
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:_CODE_CHARS]
 
 
 def describe(tools: Tools, shape: Shape) -> str:
     """The tools, and how they are called, in words for the model."""
-    example = (
-        f'{shape.first}{shape.begin.replace(NAME, "name of the tool")}{{"argument": "value"}}{shape.end}{shape.last}'
-    )
+    begin = shape.begin.replace(NAME, "name of the tool")
+    example = f'{shape.first}{begin}{{"argument": "value"}}{shape.end}{shape.last}'
     lines = [
         "You can call tools. Each line below is one, with its arguments as a JSON Schema:",
         *(_one_line(tool) for tool in tools.tools),
@@ -107,9 +110,7 @@ def describe(tools: Tools, shape: Shape) -> str:
         example,
     ]
     if tools.must_call:
-        lines.append(
-            "You must call a tool now." if len(tools.tools) > 1 else f"You must call {tools.tools[0].name} now."
-        )
+        lines.append(f"You must call {'a tool' if len(tools.tools) > 1 else tools.tools[0].name} now.")
     elif not tools.parallel:
         lines.append("Call one tool at a time.")
     return "\n".join(lines)

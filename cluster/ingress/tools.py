@@ -182,7 +182,7 @@ def _tool(function: FunctionDefinition, place: str) -> Tool:
             f"{place}.parameters must be the schema of an object, got type {schema['type']!r}.", f"{place}.parameters"
         )
     # templates ask whether a key is there, and most write the whole definition
-    definition = function.model_dump(exclude_none=True, exclude={"strict"})
+    definition = {"description": "", **function.model_dump(exclude_none=True, exclude={"strict"})}
     definition["parameters"] = {"type": "object", "properties": {}} if not schema else dict(schema)
     return Tool(
         function.name,

@@ -72,11 +72,13 @@ class ChatTemplates:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         content_format: ContentFormat | None = None,
+        arguments_as_text: bool = False,
         **kwargs: Any,
     ) -> str:
         """The prompt. `kwargs` are further variables for the template (documents, enable_thinking …).
 
-        content_format: how content is given to the template; None = found out from the template.
+        content_format: how content is given to the template; None = found out from the template. arguments_as_text:
+        arguments of calls are given as JSON text, as OpenAI writes them, and not as what it says.
         Raises RequestError, naming the field, for messages the template does not take.
         """
         compiled = compile_template(self.choose(chat_template, tools))
@@ -90,7 +92,7 @@ class ChatTemplates:
             raise RequestError(f"chat_template_kwargs must not set {clash.pop()!r}.", "chat_template_kwargs")
         if tools is not None and not all(isinstance(tool, Mapping) for tool in tools):
             raise RequestError("tools must be a list of objects.", "tools")
-        chat = prepare_messages(messages, compiled, content_format)
+        chat = prepare_messages(messages, compiled, content_format, arguments_as_text)
         ending = _mark_end(chat, compiled.source) if continue_final_message else None
         variables = {"documents": None, **variables}
         text = compiled.render(
@@ -135,7 +137,10 @@ def detect_content_format(source: str) -> ContentFormat:
 
 
 def prepare_messages(
-    messages: Sequence[Message], template: CompiledTemplate, content_format: ContentFormat | None = None
+    messages: Sequence[Message],
+    template: CompiledTemplate,
+    content_format: ContentFormat | None = None,
+    arguments_as_text: bool = False,
 ) -> list[dict[str, Any]]:
     """Plain copies of `messages` in the form the template takes. The caller's messages are not changed."""
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -144,10 +149,12 @@ def prepare_messages(
     if content_format is not None and content_format != takes.content_format:
         takes = TemplateInput(content_format, takes_strings=content_format == "string", takes_none=False)
     knows_developer = '"developer"' in template.source or "'developer'" in template.source
-    return [_prepare(message, at, takes, knows_developer) for at, message in enumerate(messages)]
+    return [_prepare(message, at, takes, knows_developer, arguments_as_text) for at, message in enumerate(messages)]
 
 
-def _prepare(message: Message, at: int, takes: TemplateInput, knows_developer: bool) -> dict[str, Any]:
+def _prepare(
+    message: Message, at: int, takes: TemplateInput, knows_developer: bool, arguments_as_text: bool
+) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"messages[{at}] must be an object with a role.", "messages")
     # Templates ask whether a key is there, so a null must not be.
@@ -156,7 +163,7 @@ def _prepare(message: Message, at: int, takes: TemplateInput, knows_developer: b
         plain["role"] = "system"
     plain["content"] = _content(plain.get("content"), at, takes)
     if "tool_calls" in plain:
-        _prepare_tool_calls(plain, at)
+        _prepare_tool_calls(plain, at, arguments_as_text)
     reasoning = next((plain[name] for name in _REASONING if name in plain), None)
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
@@ -186,8 +193,8 @@ def _part(part: Any, place: str) -> dict[str, Any]:
     return {**part, "type": "text", "text": part[name]}
 
 
-def _prepare_tool_calls(message: dict[str, Any], at: int) -> None:
-    """OpenAI writes a call's arguments as JSON text; templates expect the object."""
+def _prepare_tool_calls(message: dict[str, Any], at: int, as_text: bool) -> None:
+    """OpenAI writes a call's arguments as JSON text; most templates expect the object."""
     calls = message["tool_calls"]
     if not isinstance(calls, list):
         raise RequestError(f"messages[{at}].tool_calls must be a list.", "messages")
@@ -198,10 +205,10 @@ def _prepare_tool_calls(message: dict[str, Any], at: int) -> None:
         if not isinstance(function, dict):
             raise RequestError(f"messages[{at}].tool_calls[{number}] must be an object with a function.", "messages")
         arguments = function.get("arguments")
-        if isinstance(arguments, str):
+        if isinstance(arguments, str) and not as_text:
             function["arguments"] = _parse_arguments(arguments)
         elif arguments is None:
-            function["arguments"] = {}
+            function["arguments"] = "{}" if as_text else {}
 
 
 def _parse_arguments(arguments: str) -> Any:

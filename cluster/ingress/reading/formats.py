@@ -51,12 +51,12 @@ class CallFormat:
     markers: tuple[str, ...] = ()
 
 
-_HERMES_SHAPE = Shape(begin='<tool_call>\n{"name": "{name}", "arguments": ', end="}\n</tool_call>", between="\n")
+HERMES_SHAPE = Shape(begin='<tool_call>\n{"name": "{name}", "arguments": ', end="}\n</tool_call>", between="\n")
 _LIST = {"begin": '{"name": "{name}", "arguments": ', "end": "}", "between": ", "}
 _DEEPSEEK = (deepseek.FIRST, deepseek.BEGIN, deepseek.SEPARATOR, deepseek.END, deepseek.LAST)
 _TAGS = ("<tool_call>", "</tool_call>")
 
-HERMES = CallFormat("hermes", HermesReader, _HERMES_SHAPE, "<tool_call>", _TAGS)
+HERMES = CallFormat("hermes", HermesReader, HERMES_SHAPE, "<tool_call>", _TAGS)
 NO_CALLS = CallFormat("none", lambda offer: PlainReader())
 # For calls that are enforced where the model's own notation is not known, or is not JSON.
 JSON_LIST = CallFormat(
@@ -131,17 +131,6 @@ THINKING: Mapping[str, Thinking | None] = {
     "think": Thinking(),
 }
 
-# What a template writes → the notation of the calls it teaches. The first that fits.
-_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("<function=", "<parameter="), "qwen3_coder"),
-    (("<tool_call>",), "hermes"),
-    (("[TOOL_CALLS]",), "mistral"),
-    (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
-    (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
-    (("<|tool_call|>", "<|/tool_call|>"), "phi4_mini_json"),
-    (('{"name": function name, "parameters": dictionary',), "llama3_json"),
-)
-
 
 def call_format(name: str) -> CallFormat:
     """Raises ConfigError for a name that is none."""
@@ -155,11 +144,6 @@ def thinking(name: str) -> Thinking | None:
     if name not in THINKING:
         raise ConfigError(f"reasoning_parser must be one of {', '.join(THINKING)}, got {name!r}.")
     return THINKING[name]
-
-
-def guess_call_format(template: str) -> CallFormat | None:
-    """The notation that the chat template teaches, if one can be told."""
-    return next((CALL_FORMATS[name] for signs, name in _SIGNS if all(sign in template for sign in signs)), None)
 
 
 def guess_thinking(template: str) -> Thinking | None:

@@ -13,8 +13,10 @@ ASK = [{"role": "user", "content": "2 + 2?"}]
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n4"
 # Qwen3's way, in short.
 QWEN = """
-{%- for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}
-{%- for tool in tools or [] %}{{ tool | tojson }}<tool_call>{% endfor %}
+{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
+{%- for message in messages %}<|{{ message.role }}|>{{ message.content }}
+    {%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
+{%- endfor %}
 {{- '(' ~ reasoning_effort ~ ')' if reasoning_effort }}
 {%- if add_generation_prompt %}<|assistant|>
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}

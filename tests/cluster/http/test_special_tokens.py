@@ -19,7 +19,10 @@ from octavo.engine.text.fast_tokenizer import FastTokenizer
 from octavo.engine.types import TokenDelta
 
 MARKS = ["</s>", "[TOOL_CALLS]", "[ARGS]", "[OTHER]", "<think>", "</think>"]
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools | tojson if tools }}{{ '[TOOL_CALLS]'[:0] }}"
+TEMPLATE = (
+    "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "[TOOL_CALLS]{{ call.function.name }}[ARGS]{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
 TOOLS = [{"type": "function", "function": {"name": "now"}}]
 REPLY = 'Wait[OTHER].[TOOL_CALLS]now[ARGS]{"a": "ö"}</s>'
 

@@ -19,18 +19,21 @@ ASK = [{"role": "user", "content": "How is it in Köln?"}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 TWO = f'{CALL}\n<tool_call>\n{{"name": "now", "arguments": {{}}}}\n</tool_call>'
 
-# Qwen's way, in short.
+# Qwen's way, in short, and how it writes CALL.
 TEMPLATE = """
 {%- if tools %}<|system|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}
 {%- for message in messages %}
     {%- if message.role == "tool" %}<|tool|>{{ message.content }}
     {%- else %}<|{{ message.role }}|>{{ message.content }}
         {%- for call in message.tool_calls or [] %}
-            {{- '<tool_call>' + call.function.name + ':' }}{{ call.function.arguments | items | list }}
+            {{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + '}</tool_call>' }}
         {%- endfor %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+WRITTEN = '<tool_call>{"name": "weather", "arguments": {"city": "Köln"}}</tool_call>'
 
 
 @contextlib.asynccontextmanager
@@ -64,7 +67,7 @@ async def test_calls_and_text(harness):
     assert (text.message.content, text.message.tool_calls, text.finish_reason) == ("Hello", None, "stop")
     ids = [call.id for choice in (both, calls) for call in choice.message.tool_calls]
     assert len(set(ids)) == 4
-    assert json.dumps(WEATHER, ensure_ascii=False) in prompt_of(engine)
+    assert '"name": "weather", "parameters": ' + json.dumps(CITY) in prompt_of(engine)
     assert engine.seen[0].params.structured_outputs is None
 
 
@@ -106,7 +109,7 @@ async def test_results_go_back_to_the_model(harness):
         call_id = message.tool_calls[0].id
         result = {"role": "tool", "tool_call_id": call_id, "content": [{"type": "text", "text": "Rain"}]}
         await create(client, messages=[*ASK, message, result], tools=TOOLS)
-    assert "<|assistant|><tool_call>weather:[('city', 'Köln')]<|tool|>Rain<|assistant|>" in prompt_of(engine)
+    assert f"<|assistant|>{WRITTEN}<|tool|>Rain<|assistant|>" in prompt_of(engine)
 
 
 async def test_none_offers_nothing_and_reads_nothing(harness):
@@ -176,8 +179,8 @@ async def test_a_template_that_takes_one_call_a_turn_gets_them_one_by_one(harnes
             {"role": "tool", "tool_call_id": first, "content": "Rain"},
         ]
         await create(client, messages=[*ASK, message, *results], tools=TOOLS)
-    turns = "<tool_call>weather:[('city', 'Köln')]<|tool|>Rain<|assistant|><tool_call>now:[]<|tool|>Noon<|assistant|>"
-    assert prompt_of(engine).endswith(turns)
+    now = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    assert prompt_of(engine).endswith(f"{WRITTEN}<|tool|>Rain<|assistant|>{now}<|tool|>Noon<|assistant|>")
 
 
 async def test_the_old_names(harness):
@@ -196,7 +199,7 @@ async def test_the_old_names(harness):
     assert (answer.message.tool_calls, named.finish_reason) == (None, "stop")
     deltas = [chunk.choices[0].delta.function_call for chunk in chunks if chunk.choices[0].delta.function_call]
     assert "".join(delta.arguments for delta in deltas) == answer.message.function_call.arguments
-    assert "<tool_call>weather:[('city', 'Köln')]<|tool|>Rain" in prompt_of(engine)
+    assert f"{WRITTEN}<|tool|>Rain" in prompt_of(engine)
 
 
 async def test_a_structured_answer_or_calls(harness):
