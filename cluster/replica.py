@@ -124,7 +124,7 @@ class EngineReplica:
             params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
             self._loop.submit(Request(FIRST_TOKEN, prompt, params))
         else:
-            self._loop.submit(pooling_request(FIRST_TOKEN, prompt, pooling.usual()))
+            self._loop.submit(pooling_request(FIRST_TOKEN, [prompt], pooling.usual()))
         try:
             async with asyncio.timeout(self._step_timeout_s):
                 delta = await self._first_token

@@ -36,7 +36,8 @@ class Request:
     `resume`: the sequences that run, each as if it had never stopped; empty = all n, from the start.
     `arrival_time` is seconds on the maker's monotonic clock; the core only subtracts it from its own clock's values.
     `pooling`: nothing is generated; what is asked for is made of the prompt's hidden states. Resolved by whoever made
-    the request (PoolingInfo.resolve); of `params` nothing counts then, but that n is 1.
+    the request (PoolingInfo.resolve); of `params` nothing counts then. `more_prompts`: such a request may have several
+    prompts, of which each is a sequence; the first is `prompt_token_ids`.
     """
 
     request_id: str
@@ -49,11 +50,21 @@ class Request:
     resume: tuple[Resumed, ...] = ()
     session_id: str | None = None  # the client's; for the router alone, replicas are not told
     pooling: PoolingParams | None = None
+    more_prompts: tuple[tuple[int, ...], ...] = ()
+
+    def prompt_of(self, index: int) -> tuple[int, ...]:
+        """Of the sequence of that number."""
+        return self.more_prompts[index - 1] if index and self.more_prompts else self.prompt_token_ids
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        return (self.prompt_token_ids, *self.more_prompts)
 
     @property
     def sequences(self) -> tuple[Resumed, ...]:
         """The sequences that run, in order; each of them gets one finish reason."""
-        return tuple(sorted(self.resume, key=lambda r: r.index)) or tuple(map(Resumed, range(self.params.n)))
+        count = self.params.n if self.pooling is None else len(self.prompts)
+        return tuple(sorted(self.resume, key=lambda r: r.index)) or tuple(map(Resumed, range(count)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,8 @@ class Scheduler:
             if error is not None:
                 ended.append(self._failed_form(sequence, error))
             elif reason is None:
-                sequence.join(live)
+                if request.pooling is None:
+                    sequence.join(live)
                 self._count_waiting(sequence, +1)
                 live.append(sequence)
             else:
@@ -125,7 +126,8 @@ class Scheduler:
                 ended.append(replace(end, form_complete=self._is_form_complete(sequence, reason)))
         if live:
             self._requests[request.request_id] = live
-            self._waiting.push(live[0])
+            for sequence in live if request.pooling is not None else live[:1]:
+                self._waiting.push(sequence)
         return ended
 
     def _add_beams(self, request: Request) -> None:
@@ -143,12 +145,12 @@ class Scheduler:
     def _sequences_of(self, request: Request, wanted_ones: Seq[Resumed]) -> Iterator[Sequence]:
         params = request.params
         stops = self._stops_of(params)
-        num_prompt = len(request.prompt_token_ids)
         longest = self.limits.max_model_len
-        max_total = longest if params.max_tokens is None else min(longest, num_prompt + params.max_tokens)
-        if request.pooling is not None:
-            max_total = num_prompt + 1  # of which the last is never drawn
         for wanted in wanted_ones:
+            num_prompt = len(request.prompt_of(wanted.index))
+            max_total = longest if params.max_tokens is None else min(longest, num_prompt + params.max_tokens)
+            if request.pooling is not None:
+                max_total = num_prompt + 1  # of which the last is never drawn
             self._order += 1
             key = self._key(request.priority, self._step, self._order)
             seed = sequence_seed(params.seed or 0, wanted.index)
@@ -194,16 +196,22 @@ class Scheduler:
                 raise RequestError(f"{name} must be at most {MAX_LOGPROBS} (or -1 for all), got {value}.", name)
 
     def _check_pooling(self, request: Request, pooling: PoolingParams) -> None:
-        limits, prompt = self.limits, request.prompt_token_ids
-        if len(prompt) > limits.max_model_len:
-            raise RequestError(
-                f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len}.", "prompt"
-            )
+        limits = self.limits
         known = limits.vocab_size * limits.pooling.pair_types
-        if min(prompt) < 0 or max(prompt) >= known:
-            raise RequestError(f"The prompt has a token id outside of 0 … {known - 1}.", "prompt")
-        if request.params.n != 1 or request.resume not in ((), (Resumed(0),)):
+        for prompt in request.prompts:
+            if not prompt:
+                raise RequestError("A prompt is empty: at least one token is needed.", "prompt")
+            if len(prompt) > limits.max_model_len:
+                raise RequestError(
+                    f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len}.",
+                    "prompt",
+                )
+            if min(prompt) < 0 or max(prompt) >= known:
+                raise RequestError(f"The prompt has a token id outside of 0 … {known - 1}.", "prompt")
+        if request.params.n != 1:
             raise RequestError("A prompt is pooled once: n must be 1.", "n")
+        if any(wanted.token_ids or not 0 <= wanted.index < len(request.prompts) for wanted in request.resume):
+            raise RequestError(f"resume must name prompts 0 … {len(request.prompts) - 1}.", "resume")
         if limits.pooling.resolve(pooling) != pooling:
             raise RequestError("The pooling parameters are not resolved.", "pooling")
 

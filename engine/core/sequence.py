@@ -99,7 +99,7 @@ class Sequence:
         self.leader: Sequence | None = None
         self.held_back: list[Sequence] = []
         self.state = State.WAITING
-        self.tokens = list(request.prompt_token_ids)
+        self.tokens = list(request.prompt_of(wanted.index))
         self.num_prompt = len(self.tokens)
         self.tokens += wanted.token_ids
         self.num_given = len(self.tokens)

@@ -83,6 +83,7 @@ class Encoder(CausalLM):
         rows, offset = shape.positions - shape.position_offset, shape.position_offset
         self.embed_positions = LearnedPositions(ctx, rows, width, offset) if first else None
         self.token_types = LearnedPositions(ctx, shape.token_types, width) if first and shape.token_types else None
+        self.num_types = shape.token_types
         self.embed_norm = LayerNorm(ctx, width, shape.eps) if first else None
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch) -> torch.Tensor:
@@ -97,7 +98,10 @@ class Encoder(CausalLM):
         assert self.embed_tokens is not None
         assert self.embed_positions is not None
         assert self.embed_norm is not None
-        x = self.embed_tokens(input_ids % self.vocab_size) + self.embed_positions(positions)
+        types = torch.zeros_like(input_ids)
+        for higher in range(1, self.num_types):
+            types += input_ids >= higher * self.vocab_size
+        x = self.embed_tokens(input_ids - types * self.vocab_size) + self.embed_positions(positions)
         if self.token_types is not None:
-            x = x + self.token_types(input_ids // self.vocab_size)
+            x = x + self.token_types(types)
         return self.embed_norm(x)

@@ -88,7 +88,7 @@ class OfflinePooling:
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         names = [f"prompts[{i}]" for i in range(len(inputs))]
         prompts = PromptFitter(self.tokenizer, self.info, self.fitting).of_inputs(inputs, names, before)
-        requests = [pooling_request(new_request_id(), ids, params) for ids in prompts]
+        requests = [pooling_request(new_request_id(), [ids], params) for ids in prompts]
         for request in requests:
             self.core.scheduler.check(request)
         found = {

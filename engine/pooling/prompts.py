@@ -120,7 +120,7 @@ def prompted(info: PoolingInfo, name: str | None) -> str:
 
 def pooling_request(
     request_id: str,
-    prompt_token_ids: tuple[int, ...],
+    prompts: Sequence[tuple[int, ...]],
     pooling: PoolingParams,
     *,
     priority: int = 0,
@@ -128,10 +128,11 @@ def pooling_request(
     arrival_time: float | None = None,
     session_id: str | None = None,
 ) -> Request:
-    """pooling: resolved."""
+    """Pools every prompt, of which there is at least one. pooling: resolved."""
     return Request(
         request_id=request_id,
-        prompt_token_ids=prompt_token_ids,
+        prompt_token_ids=prompts[0],
+        more_prompts=tuple(prompts[1:]),
         params=NOTHING_DRAWN,
         priority=priority,
         cache_salt=cache_salt,

@@ -42,7 +42,7 @@ def request(request_id: str = "r", prompt: int = 8, max_tokens: int = 10, **para
 
 def pooled_request(request_id: str = "r", prompt: int = 8, **params) -> Request:
     ids = tuple(range(97, 97 + prompt))
-    return pooling_request(request_id, ids, POOLING.resolve(PoolingParams(**params)), arrival_time=0.0)
+    return pooling_request(request_id, [ids], POOLING.resolve(PoolingParams(**params)), arrival_time=0.0)
 
 
 class FakeHandle:

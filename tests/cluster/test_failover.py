@@ -117,6 +117,15 @@ async def test_a_prompt_that_is_pooled_begins_again():
     assert replicas.seen == [given] * 3
 
 
+async def test_of_several_prompts_only_the_missing_ones_are_pooled_again():
+    given = replace(pooled_request(prompt=40, pooling_type="mean"), more_prompts=tuple((97,) * n for n in range(1, 9)))
+    whole = deltas_of(given)
+    assert len({delta.pooled for delta in whole}) == 9
+    replicas = Replicas([lost(4), lost(2)])
+    assert await collect(FailoverClient(replicas, 5.0), given) == whole
+    assert [len(request.sequences) for request in replicas.seen] == [9, 5, 3]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-1, 60), st.sampled_from([ReplicaLost, HandedOver])), max_size=6),

@@ -84,6 +84,7 @@ requests = st.builds(
         use_activation=st.none() | st.booleans(),
         skip_reading_prefix_cache=st.none() | st.booleans(),
     ),
+    more_prompts=st.lists(tokens, max_size=3).map(tuple),
 )
 logprobs = st.builds(
     TokenLogprobs,

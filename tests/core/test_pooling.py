@@ -26,7 +26,9 @@ prompts = st.one_of(
     st.lists(st.integers(1, 31), min_size=1, max_size=90),
     st.builds(lambda n, tail: [5] * n + tail, st.integers(1, 60), st.lists(st.integers(1, 3), max_size=3)),
 )
-added = st.tuples(st.just("add"), prompts, st.sampled_from([None, *WAYS, *WAYS]), st.integers(-2, 2))
+added = st.tuples(
+    st.just("add"), st.lists(prompts, min_size=1, max_size=4), st.sampled_from([None, *WAYS, *WAYS]), st.integers(-2, 2)
+)
 events = st.one_of(
     added,
     added,
@@ -35,21 +37,20 @@ events = st.one_of(
 )
 
 
-def pooled(name: str, prompt: list[int], way: str, priority: int = 0, **params: object):
-    return pooling_request(
-        name, tuple(prompt), INFO.resolve(PoolingParams(pooling_type=way, **params)), priority=priority
-    )
+def pooled(name: str, prompts: list[list[int]], way: str, priority: int = 0, **params: object):
+    wanted = INFO.resolve(PoolingParams(pooling_type=way, **params))
+    return pooling_request(name, [tuple(prompt) for prompt in prompts], wanted, priority=priority)
 
 
-def vectors(got: Collector) -> dict[str, bytes]:
-    return {delta.request_id: delta.pooled for delta in got.deltas if delta.pooled is not None}
+def vectors(got: Collector) -> dict[tuple[str, int], bytes]:
+    return {(delta.request_id, delta.index): delta.pooled for delta in got.deltas if delta.pooled is not None}
 
 
-def alone(made) -> bytes:
+def alone(prompt: tuple[int, ...], pooling: PoolingParams) -> bytes:
     core, got = engine(pooling=INFO, caching=False), Collector()
-    core.add(made)
+    core.add(pooling_request("alone", [prompt], pooling))
     run(core, got)
-    return vectors(got)[made.request_id]
+    return vectors(got)["alone", 0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -72,9 +73,11 @@ def test_random_workloads_of_both_kinds(todo, config):
     core, got, sent, aborted = engine(pooling=INFO, **config), Collector(), {}, set()
     for event in todo:
         if event[0] == "add":
-            _, prompt, way, priority = event
+            _, several, way, priority = event
             name = f"r{len(sent)}"
-            made = request(name, prompt, priority, max_tokens=9) if way is None else pooled(name, prompt, way, priority)
+            made = pooled(name, several, way or "last", priority)
+            if way is None:
+                made = request(name, several[0], priority, max_tokens=9)
             core.add(made)
             sent[name] = made
         elif event[0] == "abort":
@@ -93,8 +96,9 @@ def test_random_workloads_of_both_kinds(todo, config):
         if made.pooling is None:
             assert got.tokens[name, 0] == expected(made)
         else:
-            assert (got.tokens[name, 0], got.reasons[name, 0]) == ([], "stop")
-            assert found[name] == alone(made)
+            for index, prompt in enumerate(made.prompts):
+                assert (got.tokens[name, index], got.reasons[name, index]) == ([], "stop")
+                assert found[name, index] == alone(prompt, made.pooling)
     stats = core.stats()
     assert (stats.num_running, stats.num_waiting, stats.waiting_tokens, stats.kv_blocks_held) == (0, 0, 0, 0)
 
@@ -103,18 +107,18 @@ def test_a_pooled_prompt_leaves_its_blocks_for_others_and_takes_theirs_only_wher
     core, got = engine(pooling=INFO), Collector()
     prompt = [4] * 64
     for name, way in (("a", "mean"), ("b", "last"), ("c", "mean"), ("d", "cls")):
-        core.add(pooled(name, prompt, way))
+        core.add(pooled(name, [prompt], way))
         run(core, got)
     core.add(request("e", prompt, max_tokens=3))
     run(core, got)
     cached = {delta.request_id: delta.num_cached_tokens for delta in got.deltas}
     assert cached == {"a": 0, "b": 64, "c": 0, "d": 0, "e": 64}
-    assert len(vectors(got)["a"]) == 4 * FAKE_EMBEDDING
+    assert len(vectors(got)["a", 0]) == 4 * FAKE_EMBEDDING
 
 
 def test_times_are_told_with_the_result():
     core, got = engine(pooling=INFO), Collector()
-    core.add(pooled("a", [1, 2, 3], "last"))
+    core.add(pooled("a", [[1, 2, 3]], "last"))
     run(core, got)
     assert got.deltas[-1].times is not None
     assert (core.stats().first_tokens, core.stats().generation_tokens, core.stats().prompt_tokens) == (1, 0, 3)
@@ -130,8 +134,8 @@ def test_an_encoder_s_prompt_is_computed_whole():
     launch = core.process.launch
     core.process.launch = lambda plan: (widths.extend(row.num_tokens for row in plan.rows), launch(plan))
     for i in range(4):
-        core.add(pooled(f"r{i}", [i + 1] * (60 + i), "mean"))
-    core.add(pooled("longest", [9] * 128, "mean"))
+        core.add(pooled(f"r{i}", [[i + 1] * (60 + i)], "mean"))
+    core.add(pooled("longest", [[9] * 128], "mean"))
     run(core, got)
     assert widths == [60, 61, 62, 63, 128]
     with pytest.raises(RequestError, match="generates no text"):
@@ -141,11 +145,11 @@ def test_an_encoder_s_prompt_is_computed_whole():
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (pooled("a", [1] * 129, "last"), "129 tokens, but the model's context holds 128"),
-        (pooled("a", [], "last"), "empty"),
-        (pooled("a", [32], "last"), "outside of 0 … 31"),
-        (pooling_request("a", (1,), PoolingParams()), "not resolved"),
-        (pooling_request("a", (1,), PoolingParams(task="classify")), "no classes"),
+        (pooled("a", [[1], [1] * 129], "last"), "129 tokens, but the model's context holds 128"),
+        (pooled("a", [[1], []], "last"), "empty"),
+        (pooled("a", [[32]], "last"), "outside of 0 … 31"),
+        (pooling_request("a", [(1,)], PoolingParams()), "not resolved"),
+        (pooling_request("a", [(1,)], PoolingParams(task="classify")), "no classes"),
     ],
 )
 def test_what_can_never_be_pooled_is_refused(made, message):
@@ -187,6 +191,6 @@ def test_values_that_mean_nothing_name_their_field(field, value):
 def test_dimensions_shorten_and_normalize_after():
     core, got = engine(pooling=PoolingInfo(embedding_size=FAKE_EMBEDDING, is_matryoshka=True)), Collector()
     wanted = core.scheduler.limits.pooling.resolve(PoolingParams(dimensions=3))
-    core.add(pooling_request("a", (1, 2), wanted))
+    core.add(pooling_request("a", [(1, 2)], wanted))
     run(core, got)
-    assert len(struct.unpack("<3f", vectors(got)["a"])) == 3
+    assert len(struct.unpack("<3f", vectors(got)["a", 0])) == 3

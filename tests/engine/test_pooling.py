@@ -78,7 +78,7 @@ def run(core: EngineCore, requests: list[Request]) -> dict[str, list]:
 
 def requests(core: EngineCore, prompts=PROMPTS, tag: str = "p", **params: object) -> list[Request]:
     wanted = core.scheduler.limits.pooling.resolve(PoolingParams(**params))
-    return [pooling_request(f"{tag}{i}", tuple(prompt), wanted) for i, prompt in enumerate(prompts)]
+    return [pooling_request(f"{tag}{i}", [tuple(prompt)], wanted) for i, prompt in enumerate(prompts)]
 
 
 def pool(core: EngineCore, prompts=PROMPTS, tag: str = "p", **params: object) -> list[np.ndarray]:
@@ -160,6 +160,23 @@ def test_how_a_prompt_is_scheduled_does_not_show(folder, name, condition):
     finally:
         plain.close()
         other.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_prompts_that_come_together_are_prompts_all_the_same(folder, name):
+    core = start(folder(name), max_num_seqs=3)
+    try:
+        alone = pool(core, pooling_type="mean")
+        wanted = core.scheduler.limits.pooling.resolve(PoolingParams(pooling_type="mean"))
+        core.add(pooling_request("all", [tuple(prompt) for prompt in PROMPTS], wanted))
+        found = {}
+        while core.has_work:
+            found |= {delta.index: delta for delta in core.step()}
+        assert all(delta.finish_reason == "stop" for delta in found.values())
+        for index, vector in enumerate(alone):
+            np.testing.assert_array_equal(np.frombuffer(found[index].pooled, "<f4"), vector)
+    finally:
+        core.close()
 
 
 def test_only_the_last_token_is_pooled_behind_prefix_hits(folder):

@@ -17,15 +17,17 @@ from octavo.cluster.observability.traces import NO_JOURNEY, Trace
 from octavo.engine.errors import CapacityError, RequestError, StepError
 from octavo.engine.types import FinishReason, Request, TokenDelta
 
-# Of one client request in the engines at a time: a step's worth, while other clients find room in their queues.
-SIDE_BY_SIDE = 256
-TRACED = 16  # prompts of a request whose way is drawn; thousands would bury the picture
+# Prompts that go to a replica together: the call costs more than a short text's computation does.
+TOGETHER = 32
+# Calls of one client request at a time; so it has a few steps' worth in the engines, and others find room beside it.
+SIDE_BY_SIDE = 8
+TRACED = 8  # calls of a request whose way is drawn; hundreds would bury the picture
 
 
 class Batch:
-    """`run` gives one vector per request. What else is here is for the access log and traces, final once it has ended.
+    """`run` gives one vector per prompt. What else is here is for the access log and traces, final once it has ended.
 
-    names: what errors call the requests' prompts.
+    requests: each of some of the prompts, in their order. names: what errors call the prompts.
     """
 
     num_completion_tokens = 0
@@ -41,14 +43,14 @@ class Batch:
         trace: Trace,
     ) -> None:
         self.requests = requests
-        self.num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self.num_prompt_tokens = sum(len(prompt) for request in requests for prompt in request.prompts)
         self.num_cached_tokens = 0
         self.finish_reasons: tuple[FinishReason | None, ...] = (None,)
         self._client, self._metrics, self._names = client, metrics, names
         self._arrival_time, self._trace = arrival_time, trace
 
     async def run(self) -> list[bytes]:
-        """float32 values, little-endian, of each request in order. The first that fails ends all."""
+        """float32 values, little-endian, of each prompt in order. The first that fails ends all."""
         places = asyncio.Semaphore(SIDE_BY_SIDE)
         try:
             async with asyncio.TaskGroup() as group:
@@ -56,35 +58,45 @@ class Batch:
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
         self.finish_reasons = ("stop",)
-        return [task.result() for task in tasks]
+        return [vector for task in tasks for vector in task.result()]
 
-    async def _in_place(self, places: asyncio.Semaphore, number: int) -> bytes:
+    async def _in_place(self, places: asyncio.Semaphore, number: int) -> list[bytes]:
         async with places:
             return await self._pool(number)
 
-    async def _pool(self, number: int) -> bytes:
+    async def _pool(self, number: int) -> list[bytes]:
         request, reason = self.requests[number], "error"
+        found: dict[int, bytes] = {}
         journey = self._trace.journey(number) if number < TRACED else NO_JOURNEY
         try:
             async with aclosing(self._client.generate(request, journey)) as deltas:
                 async for delta in deltas:
-                    if delta.finish_reason is not None:
-                        self.num_cached_tokens += delta.num_cached_tokens
-                        pooled = _vector(delta)
-                        reason = "stop"
-                        return pooled
+                    found[delta.index] = _vector(delta)
+                    self.num_cached_tokens += delta.num_cached_tokens
+                    self._count("stop", request.prompts[delta.index])
+                    if len(found) == len(request.prompts):
+                        return [found[index] for index in range(len(found))]
             raise Interrupted("The engine ended the request early; it may be tried again.")
         except CapacityError:
             self._metrics.rejected("max_num_queued_reqs")
             raise
         except RequestError as error:
-            raise RequestError(f"{self._names[number]}: {error.message}", self._names[number]) from None
+            first = number * TOGETHER
+            name = self._names[first]
+            if len(request.prompts) > 1:
+                name = f"{name} … {self._names[first + len(request.prompts) - 1]}"
+            raise RequestError(f"{name}: {error.message}", name) from None
         except asyncio.CancelledError:
             reason = "abort"
             raise
         finally:
             journey.ended()
-            self._metrics.pooled(reason, len(request.prompt_token_ids), time.monotonic() - self._arrival_time)
+            for index, prompt in enumerate(request.prompts):
+                if index not in found:
+                    self._count(reason, prompt)
+
+    def _count(self, reason: str, prompt: Sequence[int]) -> None:
+        self._metrics.pooled(reason, len(prompt), time.monotonic() - self._arrival_time)
 
 
 def _vector(delta: TokenDelta) -> bytes:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from octavo.cluster.ingress.pooling import shapes
 from octavo.cluster.ingress.pooling.answer import PooledAnswer
-from octavo.cluster.ingress.pooling.batch import Batch
+from octavo.cluster.ingress.pooling.batch import TOGETHER, Batch
 from octavo.cluster.ingress.pooling.bodies import (
     ClassifyBody,
     EmbeddingBody,
@@ -113,8 +113,8 @@ class _Call:
         requests = [
             pooling_request(
                 # Clients may repeat their ids; the engine's must be unique.
-                f"{self.answer_id}-{number}-{secrets.token_hex(4)}",
-                ids,
+                f"{self.answer_id}-{first}-{secrets.token_hex(4)}",
+                prompts[first : first + TOGETHER],
                 params,
                 priority=self.body.priority or 0,
                 cache_salt=self.body.cache_salt,
@@ -123,7 +123,7 @@ class _Call:
                 or self.body.session_id
                 or visit.headers.get(service.settings.session_header),
             )
-            for number, ids in enumerate(prompts)
+            for first in range(0, len(prompts), TOGETHER)
         ]
         batch = Batch(service.client, await service.metrics(), requests, names, visit.arrival_time, visit.trace)
         head = shapes.Head(self.answer_id, service.name, int(time.time()), batch.num_prompt_tokens)

@@ -269,7 +269,7 @@ class PoolingInfo(_message.Message):
     def __init__(self, generates: _Optional[bool] = ..., is_causal: _Optional[bool] = ..., embedding_size: _Optional[int] = ..., pooling_type: _Optional[str] = ..., normalize: _Optional[bool] = ..., is_matryoshka: _Optional[bool] = ..., dimensions: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., pair_types: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PoolingInfo.Prompt, _Mapping]]] = ..., default_prompt: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids", "resume", "pooling")
+    __slots__ = ("request_id", "prompt_token_ids", "params", "priority", "cache_salt", "bad_words_token_ids", "resume", "pooling", "more_prompts")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +278,7 @@ class Request(_message.Message):
     BAD_WORDS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
+    MORE_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     params: _sampling_pb2.SamplingParams
@@ -286,7 +287,8 @@ class Request(_message.Message):
     bad_words_token_ids: _containers.RepeatedCompositeFieldContainer[Tokens]
     resume: _containers.RepeatedCompositeFieldContainer[Resumed]
     pooling: PoolingParams
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., bad_words_token_ids: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., resume: _Optional[_Iterable[_Union[Resumed, _Mapping]]] = ..., pooling: _Optional[_Union[PoolingParams, _Mapping]] = ...) -> None: ...
+    more_prompts: _containers.RepeatedCompositeFieldContainer[Tokens]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., bad_words_token_ids: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ..., resume: _Optional[_Iterable[_Union[Resumed, _Mapping]]] = ..., pooling: _Optional[_Union[PoolingParams, _Mapping]] = ..., more_prompts: _Optional[_Iterable[_Union[Tokens, _Mapping]]] = ...) -> None: ...
 
 class PoolingParams(_message.Message):
     __slots__ = ("task", "pooling_type", "normalize", "dimensions", "use_activation", "skip_reading_prefix_cache")

@@ -19,6 +19,7 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import CapacityError, RequestError
 from octavo.engine.loop import EngineLoop
 from octavo.engine.pooling.info import PoolingInfo
+from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.text.byte_tokenizer import BOS, ByteTokenizer
 from octavo.engine.types import EngineStats, Request, TokenDelta
 
@@ -27,10 +28,9 @@ CLASSIFIES = PoolingInfo(generates=False, is_causal=False, pooling_type="cls", l
 SCORES = PoolingInfo(generates=False, is_causal=False, pooling_type="cls", labels=("LABEL_0",), pair_types=2)
 
 
-def vector_of(request: Request) -> list[float]:
+def vector_of(prompt: tuple[int, ...], pooling: PoolingParams) -> list[float]:
     """What the scripted engine gives: how many letters a, b and c a text has, halved if it is normalized."""
-    pooling = request.pooling
-    letters = [float(sum(token % 261 == letter for token in request.prompt_token_ids)) for letter in b"abc"]
+    letters = [float(sum(token % 261 == letter for token in prompt)) for letter in b"abc"]
     if pooling.task == "classify":
         return letters if pooling.use_activation else [-letter for letter in letters]
     return [x / 2 if pooling.normalize else x for x in letters[: pooling.dimensions]]
@@ -48,6 +48,10 @@ class PoolingClient:
     live: int = 0
     most: int = 0
     aborted: int = 0
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [prompt for request in self.seen for prompt in request.prompts]
 
     async def info(self):
         return self.info_value
@@ -69,18 +73,17 @@ class PoolingClient:
             failure = self.fail.get(number)
             if isinstance(failure, BaseException):
                 raise failure
-            values = vector_of(request)
-            if request.pooling.task == "classify" and len(self.info_value.pooling.labels) == 1:
-                values = values[:1]
-            finished = True
-            yield failure or TokenDelta(
-                request.request_id,
-                0,
-                (),
-                finish_reason="stop",
-                num_cached_tokens=1,
-                pooled=struct.pack(f"<{len(values)}f", *values),
-            )
+            if failure is not None:
+                yield failure
+            for index, prompt in reversed(list(enumerate(request.prompts))):
+                values = vector_of(prompt, request.pooling)
+                if request.pooling.task == "classify" and len(self.info_value.pooling.labels) == 1:
+                    values = values[:1]
+                finished = index == 0
+                vector = struct.pack(f"<{len(values)}f", *values)
+                yield TokenDelta(
+                    request.request_id, index, (), finish_reason="stop", num_cached_tokens=1, pooled=vector
+                )
         finally:
             self.live -= 1
             self.aborted += not finished
@@ -121,8 +124,8 @@ async def test_inputs_of_every_form(serve, given, prompts):
     engine, post = serve()
     status, body = await post("/v1/embeddings", input=given, model="scripted", user="me")
     assert status == 200
-    assert [request.prompt_token_ids for request in engine.seen] == prompts
-    assert vectors(body) == [vector_of(request) for request in engine.seen]
+    assert engine.prompts == prompts
+    assert vectors(body) == [vector_of(prompt, engine.seen[0].pooling) for prompt in prompts]
     tokens = sum(map(len, prompts))
     assert (body["usage"]["prompt_tokens"], body["usage"]["total_tokens"]) == (tokens, tokens)
     assert (body["object"], body["model"], body["data"][0]["object"]) == ("list", "scripted", "embedding")
@@ -157,9 +160,9 @@ async def test_longer_inputs_are_refused_or_cut(serve):
         ({"truncate_prompt_tokens": 4, "truncation_side": "left"}, (BOS, *b"bbb")),
     ):
         status, _ = await post("/v1/embeddings", input="a" * 300 + "b" * 300, **fields)
-        assert (status, engine.seen[-1].prompt_token_ids) == (200, kept)
+        assert (status, engine.prompts[-1]) == (200, kept)
     await post("/v1/embeddings", input=[97, 98, 99], truncate_prompt_tokens=2)
-    assert engine.seen[-1].prompt_token_ids == (97, 98)
+    assert engine.prompts[-1] == (97, 98)
     status, body = await post("/v1/embeddings", input="a", truncate_prompt_tokens=513)
     assert (status, body["error"]["param"]) == (400, "truncate_prompt_tokens")
 
@@ -177,7 +180,7 @@ async def test_the_model_s_own_prompts_go_before_texts(serve):
     engine, post = serve(info)
     for fields in ({}, {"prompt_name": "doc"}):
         assert (await post("/v1/embeddings", input=["a", "b"], **fields))[0] == 200
-    texts = [ByteTokenizer().decode(request.prompt_token_ids) for request in engine.seen]
+    texts = [ByteTokenizer().decode(prompt) for prompt in engine.prompts]
     assert texts == ["q: a", "q: b", "a", "b"]
     status, body = await post("/v1/embeddings", input="a", prompt_name="nobody's")
     assert (status, body["error"]["param"]) == (400, "prompt_name")
@@ -220,19 +223,20 @@ async def test_what_is_wrong_is_named(serve, path, body, param):
 
 
 async def test_many_inputs_run_side_by_side_and_keep_their_order(serve, monkeypatch):
-    monkeypatch.setattr(batch, "SIDE_BY_SIDE", 16)
+    monkeypatch.setattr(batch, "SIDE_BY_SIDE", 5)
     engine, post = serve(waits=(7, 0, 3, 1, 5))
     texts = ["a" * (i % 9) + "b" * (i % 4) for i in range(300)]
     status, body = await post("/v1/embeddings", input=texts)
     assert status == 200
     assert vectors(body) == [[text.count("a") / 2, text.count("b") / 2, 0.0] for text in texts]
-    assert (engine.most, engine.live, engine.aborted) == (16, 0, 0)
+    assert (engine.most, engine.live, engine.aborted) == (5, 0, 0)
+    assert [len(request.prompts) for request in engine.seen] == [32] * 9 + [12]
 
 
 @pytest.mark.parametrize(
     ("failure", "status", "words"),
     [
-        (RequestError("The prompt is odd.", "prompt"), 400, "input[3]: The prompt is odd."),
+        (RequestError("The prompt is odd.", "prompt"), 400, "input[96] … input[127]: The prompt is odd."),
         (CapacityError("full", 3), 429, "full"),
         (ReplicaLost("gone"), 503, "gone"),
         (TokenDelta("r", 0, (), finish_reason="error", error="secret"), 500, "Internal error"),
@@ -241,7 +245,7 @@ async def test_many_inputs_run_side_by_side_and_keep_their_order(serve, monkeypa
 )
 async def test_one_failure_ends_all(serve, failure, status, words):
     engine, post = serve(fail={3: failure}, waits=(20, 20, 20, 1, 20))
-    found, body = await post("/v1/embeddings", input=["a"] * 9)
+    found, body = await post("/v1/embeddings", input=["a"] * 250)
     assert found == status
     assert words in body["error"]["message"]
     assert "secret" not in str(body)
@@ -254,8 +258,8 @@ async def test_a_client_that_leaves_ends_its_batch(serve, harness):
     with harness.server(engine) as url:
         async with httpx.AsyncClient() as http:
             with pytest.raises(httpx.ReadTimeout):
-                await http.post(f"{url}/v1/embeddings", json={"input": ["a", "b"]}, timeout=0.5)
-        await harness.eventually(lambda: engine.aborted == 2)
+                await http.post(f"{url}/v1/embeddings", json={"input": ["a"] * 90}, timeout=0.5)
+        await harness.eventually(lambda: engine.aborted == 3)
 
 
 async def test_scores_are_cosines_of_embeddings(serve):
