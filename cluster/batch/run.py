@@ -43,10 +43,9 @@ class Tally:
 
     def count(self, reply: Reply) -> None:
         usage = reply.body.get("usage") if isinstance(reply.body, dict) else None
-        for name in ("prompt_tokens", "completion_tokens"):
-            value = usage.get(name) if isinstance(usage, dict) else None
-            if isinstance(value, int):
-                setattr(self, name, getattr(self, name) + value)
+        if isinstance(usage, dict):
+            self.prompt_tokens += _number(usage, "prompt_tokens", "input_tokens")
+            self.completion_tokens += _number(usage, "completion_tokens", "output_tokens")
 
     def note(self, line: int, problem: str) -> None:
         if len(self.first_problems) < 10:
@@ -121,6 +120,11 @@ class Run:
             await asyncio.sleep(SYNC_S)
             for journal in (self._outputs, self._problems):
                 await asyncio.to_thread(journal.sync)
+
+
+def _number(usage: dict[str, Any], *names: str) -> int:
+    """The first of the names that there is: vendors call the same differently."""
+    return next((usage[name] for name in names if isinstance(usage.get(name), int)), 0)
 
 
 def _message(reply: Reply) -> str:

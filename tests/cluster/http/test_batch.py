@@ -36,6 +36,10 @@ def read(path):
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
+def usage_of(answer):
+    return answer["response"]["body"]["usage"]
+
+
 @pytest.fixture
 def files(tmp_path):
     return tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -49,16 +53,18 @@ def test_answers_are_those_of_the_server_in_openais_shape(files):
         line("chat", CHAT, {"messages": hi, "max_tokens": 7, "n": 2, "temperature": 1}),
         "",
         line("count", "/tokenize", {"prompt": "abc"}),
+        line("vectors", "/v1/embeddings", {"input": ["a", "b"]}),
+        line("claude", "/v1/messages", {"messages": hi, "max_tokens": 3}),
         line("wrong", CHAT, {"messages": hi, "temperature": -1}),
         line("nowhere", "/v1/nothing"),
     ])  # fmt: skip
     result = run(source, target)
     assert result.exit_code == 1, result.output
     answers = {answer["custom_id"]: answer for answer in read(target)}
-    assert answers.keys() == {"text", "chat", "count", "wrong", "nowhere"}
+    assert answers.keys() == {"text", "chat", "count", "vectors", "claude", "wrong", "nowhere"}
     assert all(set(answer) == {"id", "custom_id", "response", "error"} for answer in answers.values())
     assert all(set(answer["response"]) == {"status_code", "request_id", "body"} for answer in answers.values())
-    assert len({answer["id"] for answer in answers.values()}) == 5
+    assert len({answer["id"] for answer in answers.values()}) == 7
     assert all(answer["response"]["request_id"] for answer in answers.values())
     assert answers["text"]["response"]["body"]["usage"]["completion_tokens"] == 5
     assert len(answers["chat"]["response"]["body"]["choices"]) == 2
@@ -66,7 +72,11 @@ def test_answers_are_those_of_the_server_in_openais_shape(files):
     assert answers["wrong"]["response"]["status_code"] == 400
     assert answers["wrong"]["response"]["body"]["error"]["param"] == "temperature"
     assert answers["nowhere"]["response"]["status_code"] == 404
-    assert "3 answered, 2 errors, 0 were there already" in result.output
+    assert len(answers["vectors"]["response"]["body"]["data"]) == 2
+    generated = sum(usage_of(answers[name])["completion_tokens"] for name in ("text", "chat"))
+    generated += usage_of(answers["claude"])["output_tokens"]
+    assert f"generated ({generated})" in result.output.replace("\n", " ")
+    assert "5 answered, 2 errors, 0 were there already" in result.output
     assert "tokens/s" in result.output
 
 
