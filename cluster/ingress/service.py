@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from octavo.cluster.ingress.admission import Admission
 from octavo.cluster.ingress.client import EngineClient, ReplicaLost
+from octavo.cluster.ingress.form_checks import FormChecks
 from octavo.cluster.ingress.generation import Generation
 from octavo.cluster.ingress.logprobs import TokenNames
 from octavo.cluster.ingress.pooling.bodies import PoolingBody
@@ -66,6 +67,7 @@ class Service:
         self.names = TokenNames(tokenizer)
         self.speech = Speech(settings, tokenizer)
         self.prompts = PromptMaker(settings, tokenizer, self.speech.tool_prompt)
+        self.form_checks = FormChecks(tokenizer)
         self.places = Places(settings.max_ongoing_requests)
         self._admission = Admission(settings.max_queue_wait_s, expected_wait_s)
         self._has_been_here = False
@@ -251,6 +253,8 @@ class Service:
         reading: Reading | None = None,
     ) -> Generation:
         """structured: the form that the outputs are to have. reading: how they are read; None = as mere text."""
+        if structured is not None:
+            await self.form_checks.check(body, structured)
         defaults = self.settings.defaults or info.generation_defaults
         requests = []
         for number, prompt in enumerate(prompts):

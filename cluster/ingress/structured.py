@@ -42,17 +42,15 @@ def structured_of(body: GenerationBody) -> StructuredOutputs | None:
     return None
 
 
-def structured_param(body: GenerationBody) -> str:
+def name_of_form(body: GenerationBody, form: StructuredOutputs) -> str:
     """The name of the body's field that says the form, for what is found to be wrong with it later."""
-    kind = (body.response_format or {}).get("type")
-    if kind == "json_schema":
-        return "response_format.json_schema.schema"
-    if kind == "structural_tag":
-        return "response_format"
-    for old in _GUIDED:
-        if getattr(body, old) not in (None, False, ""):
-            return old
-    return next((f"structured_outputs.{name}" for name in body.structured_outputs or ()), "structured_outputs")
+    if _response_format(body.response_format) is not None:
+        return "response_format.json_schema.schema" if form.kind == "json" else "response_format"
+    if body.structured_outputs:
+        return f"structured_outputs.{form.kind}"
+    if body.structural_tag:
+        return "structural_tag"
+    return next((old for old, new in _GUIDED.items() if new == form.kind), form.kind)
 
 
 def _forms(body: GenerationBody) -> dict[str, dict[str, Any] | None]:
