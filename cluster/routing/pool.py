@@ -58,7 +58,8 @@ class Pool:
         if request.resume:
             tokens = tuple(chain(tokens, request.resume[0].token_ids))
         blocks = Chain(tokens, block_size, request.cache_salt)
-        return Placing(len(tokens), blocks, request.session_id, frozenset(avoid))
+        num_tokens = len(tokens) + sum(map(len, request.more_prompts))
+        return Placing(num_tokens, blocks, request.session_id, frozenset(avoid))
 
     def start(self, receiver: TokenReceiver, may_be_away: bool = False) -> None:
         """Subscribe with the replicas there are and those that come; they dial back to `receiver`, which is started.
