@@ -99,8 +99,11 @@ def _structured_outputs(value: dict[str, Any] | None) -> dict[str, Any] | None:
 def _guided(body: GenerationBody) -> dict[str, Any] | None:
     given = {old: getattr(body, old) for old in (*_GUIDED, *_ASIDE)}
     given = {old: value for old, value in given.items() if value not in (None, False, "")}
-    if not any(old in _GUIDED for old in given):
+    forms = [old for old in given if old in _GUIDED]
+    if not forms:
         return None
+    if len(forms) > 1:
+        raise RequestError(f"{forms[0]} and {forms[1]} cannot be given together.", forms[1])
     _warn_of_guided()
     return {{**_GUIDED, **_ASIDE}[old]: value for old, value in given.items()}
 

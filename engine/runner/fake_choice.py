@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 ENOUGH = 24  # tokens of an output, from which on it closes what is open and begins nothing new
-_CLOSING = b'}]"n0123456789tf,:-.'
+_CLOSING = b'}]"n,:.<0123456789tf-'
 _PRINTABLE = range(33, 127)
 
 
