@@ -48,7 +48,7 @@ _SCALARS = (
     *("ignore_eos", "min_tokens", "logprobs", "prompt_logprobs", "detokenize", "skip_special_tokens"),
     *("spaces_between_special_tokens", "include_stop_str_in_output", "skip_reading_prefix_cache"),
 )
-_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids")
 _STRUCTURED = tuple(field.name for field in dataclasses.fields(StructuredOutputs))
 _STRUCTURED_TEXTS = ("json", "regex", "grammar", "structural_tag", "whitespace_pattern")
 _DEFAULTS = SamplingParams()

@@ -27,6 +27,7 @@ class RequestState:
         params = request.params
         self.request = request
         self._tokenizer = tokenizer
+        self._ranked = not params.logprob_token_ids  # candidates are the likeliest ones
         self._streams = [TextStream(tokenizer, request.prompt_token_ids, params) for _ in range(params.n)]
         self.output = RequestOutput(
             request_id=request.request_id,
@@ -93,7 +94,7 @@ class RequestState:
     def _entry(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         """{token: Logprob} of one position: the top candidates by rank, and the token that stands there."""
         found = {
-            token: Logprob(logprob, rank, self._tokenizer.token_text(token))
+            token: Logprob(logprob, rank if self._ranked else None, self._tokenizer.token_text(token))
             for rank, (token, logprob) in enumerate(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True), 1)
         }
         own = entry.token_ids[0]

@@ -20,6 +20,7 @@ MAX_SEED = 2**63 - 1
 # Below this, 1/temperature overflows half precision; vLLM uses the same floor.
 MIN_TEMPERATURE = 1e-2
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 1024
 
 _FLAGS = (
     "ignore_eos",
@@ -37,8 +38,9 @@ class SamplingParams:
     temperature 0 is greedy. `top_k` 0 or -1 keeps all tokens. `seed` None means: the engine draws one, once.
     `logprobs` k returns the k most likely tokens' log probabilities and the drawn token's (k = 0: only the drawn one's;
     -1: the whole vocabulary), taken from the raw logits, before temperature, penalties and masks. `prompt_logprobs`
-    likewise for the prompt. `max_tokens` None means: up to the model's context. `beams`: nothing is drawn, but the n
-    best sequences are searched for; all of their tokens come at the end.
+    likewise for the prompt. `logprob_token_ids`: the candidates are these tokens, whatever k. `max_tokens` None means:
+    up to the model's context. `beams`: nothing is drawn, but the n best sequences are searched for; all of their tokens
+    come at the end.
 
     Raises RequestError, naming the field, for a value out of range.
     """
@@ -69,6 +71,7 @@ class SamplingParams:
     skip_reading_prefix_cache: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     beams: Beams | None = None
+    logprob_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         normalize = object.__setattr__  # a frozen value is normalised once, here, before anybody has seen it
@@ -79,6 +82,7 @@ class SamplingParams:
         if isinstance(allowed, list) and not allowed:  # asked for; the default, no restriction, is a tuple
             raise RequestError("allowed_token_ids must not be empty: nothing could be drawn.", "allowed_token_ids")
         normalize(self, "allowed_token_ids", _items("allowed_token_ids", allowed))
+        normalize(self, "logprob_token_ids", _items("logprob_token_ids", self.logprob_token_ids))
         normalize(self, "bad_words", _items("bad_words", self.bad_words))
         normalize(self, "logit_bias", _bias(self.logit_bias))
         self._check()
@@ -118,7 +122,13 @@ class SamplingParams:
             raise RequestError("stop must hold non-empty strings.", "stop")
         if any(not isinstance(s, str) or not s.strip() for s in self.bad_words):
             raise RequestError("bad_words must hold non-empty strings.", "bad_words")
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        if self.logprob_token_ids and self.logprobs is None:
+            raise RequestError("logprob_token_ids needs logprobs.", "logprob_token_ids")
+        if len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            raise RequestError(
+                f"logprob_token_ids must have at most {MAX_LOGPROB_TOKEN_IDS} tokens.", "logprob_token_ids"
+            )
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             for token in getattr(self, name):
                 _integer(name, token, 0, None)
         for name in _FLAGS:
@@ -137,7 +147,7 @@ class SamplingParams:
         if self.n > beams.width:
             raise RequestError(f"n ({self.n}) must not exceed the beam width ({beams.width}).", "n")
         neutral = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "structured_outputs": None}
-        neutral |= {"logit_bias": {}, "allowed_token_ids": (), "bad_words": (), "stop": ()}
+        neutral |= {"logit_bias": {}, "allowed_token_ids": (), "bad_words": (), "stop": (), "logprob_token_ids": ()}
         for name, value in neutral.items():
             if getattr(self, name) != value:
                 raise RequestError(f"{name} cannot be combined with beam search.", name)
@@ -152,7 +162,7 @@ class SamplingParams:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise RequestError if a token id named here is outside [0, vocab_size)."""
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             for token in getattr(self, name):
                 if token >= vocab_size:
                     raise RequestError(f"{name}: token id {token} is not below the vocabulary size {vocab_size}.", name)

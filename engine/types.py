@@ -71,8 +71,9 @@ class Request:
 class TokenLogprobs:
     """Log probabilities at one position, from the raw logits.
 
-    `token_ids[0]` is the token that stands there (drawn, or of the prompt); the rest are the most likely ones in
-    descending order. `rank` is the first one's rank, 1 = most likely. The drawn token may occur again in the rest.
+    `token_ids[0]` is the token that stands there (drawn, or of the prompt); the rest are the most likely ones, or those
+    that were asked for, in descending order. `rank` is the first one's rank, 1 = most likely. The drawn token may occur
+    again in the rest.
     """
 
     token_ids: tuple[int, ...]

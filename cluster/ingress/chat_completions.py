@@ -125,7 +125,8 @@ class ChatDialect:
         if not self._body.logprobs:
             return None
         as_ids = bool(self._body.return_tokens_as_token_ids)
-        return chat_logprobs(piece.logprobs, self._body.top_logprobs or 0, self._names, as_ids)
+        top = len(self._body.logprob_token_ids or ()) or self._body.top_logprobs or 0
+        return chat_logprobs(piece.logprobs, top, self._names, as_ids)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}

@@ -32,7 +32,6 @@ NOT_YET: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "ec_transfer_params": ("KV transfer by request", _NOTHING),
     "vllm_xargs": ("Extra engine arguments", _NOTHING),
     "logits_processors": ("Logits processors by request", _NOTHING),
-    "logprob_token_ids": ("Logprobs of chosen tokens", _NOTHING),
     "prompt_logprob_token_ids": ("Logprobs of chosen tokens", _NOTHING),
     "repetition_detection": ("Repetition detection", _NOTHING),
     "watermarking": ("Watermarking", _NOTHING),
@@ -190,6 +189,7 @@ class GenerationBody(Body):
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
+    logprob_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None

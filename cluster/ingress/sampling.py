@@ -61,6 +61,7 @@ def sampling_params(
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         logit_bias={} if not body.logit_bias else body.logit_bias,  # type: ignore[arg-type]  # keys become ints there
         allowed_token_ids=_allowed(body.allowed_token_ids),
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
         bad_words=tuple(body.bad_words or ()),
         skip_reading_prefix_cache=body.beyond.skip_reading_prefix_cache,
         structured_outputs=structured,

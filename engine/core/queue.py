@@ -9,8 +9,8 @@ from octavo.engine.core.sequence import Sequence, State
 
 
 class WaitingQueue:
-    """A heap by `Sequence.key`. A sequence that stopped waiting (abort) is dropped when it comes to the front; until then
-    it may come back and wait again.
+    """A heap by `Sequence.key`. A sequence that stopped waiting (abort) is dropped when it comes to the front; until
+    then it may come back and wait again.
     """
 
     def __init__(self) -> None:

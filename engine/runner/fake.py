@@ -232,10 +232,12 @@ class FakeRunner:
         if self._stages == 1:
             slot.tokens.append(token)
         wanted = slot.params.logprobs
-        logprobs = () if wanted is None else (self._scores(slot.states[end - 1], token, wanted),)
+        logprobs = () if wanted is None else (self._scores(slot, slot.states[end - 1], token, wanted),)
         return RowResult((token,), logprobs, prompt)
 
-    def _scores(self, state: int, token: int, count: int) -> TokenLogprobs:
+    def _scores(self, slot: _Slot, state: int, token: int, count: int) -> TokenLogprobs:
+        if chosen := slot.params.logprob_token_ids:
+            return TokenLogprobs((token, *chosen), (-0.5, *(-1.0 - i for i in range(len(chosen)))), 1)
         if self._candidates is None:
             return _logprobs(token, count)
         found = self._candidates(state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class Sampler:
         counted = _members(rows.slots, state.penalties)
         if len(counted):
             state.penalties.count(rows.slots[counted], counted, drawn)
-        taken = () if raw is None else self._take(raw, drawn, asking, rows)
+        taken = () if raw is None else self._take(raw, drawn, asking, rows, state)
         copies = _HostCopies((drawn, peaks.top, *(part for group in taken for part in group.logprobs.parts())))
         return SampledTokens(drawn, taken, copies)
 
@@ -105,10 +105,21 @@ class Sampler:
             return drawn
         return peaks.token_ids.index_copy(0, torch.from_numpy(drawing).to(drawn.device), drawn)
 
-    def _take(self, raw: torch.Tensor, drawn: torch.Tensor, asking: Ints, rows: Rows) -> tuple[_Taken, ...]:
-        """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary are taken apart."""
+    def _take(
+        self, raw: torch.Tensor, drawn: torch.Tensor, asking: Ints, rows: Rows, state: SamplingState
+    ) -> tuple[_Taken, ...]:
+        """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary, or for tokens of their
+        choice, are taken apart."""
         result = []
         ks, vocab_size = rows.logprobs[asking], raw.shape[1]
+        choosing = _members(rows.slots[asking], state.candidates)
+        if len(choosing):
+            ks[choosing] = NO_LOGPROBS
+            own = _select(drawn, asking[choosing])
+            ids = [state.candidates[slot] for slot in rows.slots[asking[choosing]].tolist()]
+            logits = _select(raw, choosing)
+            taken = _of_candidates(logits, self._ops.take_logprobs(logits, own, 0), ids)
+            result.append(_Taken(tuple(asking[choosing].tolist()), tuple(map(len, ids)), taken))
         for group in (np.flatnonzero(ks >= 0), np.flatnonzero(ks == -1)):
             if len(group):
                 most = int(ks[group].max())
@@ -116,6 +127,15 @@ class Sampler:
                 taken = self._ops.take_logprobs(_select(raw, group), _select(drawn, asking[group]), k)
                 result.append(_Taken(tuple(asking[group].tolist()), tuple(ks[group].tolist()), taken))
         return tuple(result)
+
+
+def _of_candidates(logits: torch.Tensor, taken: Logprobs, ids: list[torch.Tensor]) -> Logprobs:
+    """`taken` (of tokens [N] under logits [N, V]) with the candidates ids[i] of row i, in descending order."""
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    values = logits.gather(1, padded.clamp(min=0)) - logits.gather(1, taken.token_ids[:, None]) + taken.own[:, None]
+    values = values.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    order = torch.argsort(values.masked_fill(padded < 0, -torch.inf), dim=1, descending=True, stable=True)
+    return replace(taken, ids=padded.gather(1, order), values=values.gather(1, order))
 
 
 def _edits(rows: Rows, state: SamplingState) -> bool:

@@ -79,6 +79,7 @@ class SamplingState:
         self.bad_words: dict[int, BadWords] = {}
         self.stops: dict[int, torch.Tensor] = {}  # only slots with min_tokens
         self.bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot → token ids [N], biases [N] float32
+        self.candidates: dict[int, torch.Tensor] = {}  # slot → token ids [N] whose log probabilities are wanted
         self.penalties = Penalties(vocab_size, self.device)
 
     def enter(self, new: NewSequence) -> None:
@@ -97,6 +98,8 @@ class SamplingState:
         self._min_p[slot] = params.min_p
         self._seeds[slot] = new.seed & (2**64 - 1)
         self._logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
+        if params.logprob_token_ids:
+            self.candidates[slot] = self._ids(params.logprob_token_ids).to(self.device)
         if params.allowed_token_ids:
             self.allowed[slot] = self._ids(params.allowed_token_ids).to(self.device)
         if params.min_tokens > 0 and new.stop_token_ids:
@@ -116,7 +119,7 @@ class SamplingState:
         self._greedy[slot] = True
         self._logprobs[slot] = NO_LOGPROBS
         self._uniforms.forget(slot)
-        for lists in (self.allowed, self.bad_words, self.stops, self.bias):
+        for lists in (self.allowed, self.bad_words, self.stops, self.bias, self.candidates):
             lists.pop(slot, None)
         self.penalties.leave(slot)
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from octavo.cluster.observability.traces import NO_JOURNEY, Journey
+from octavo.engine.params import SamplingParams
 from octavo.engine.text.byte_tokenizer import EOS, ByteTokenizer
 from octavo.engine.types import EngineInfo, EngineStats, Request, TokenDelta, TokenLogprobs
 
@@ -25,6 +26,13 @@ def logprobs_of(token: int, top: int) -> TokenLogprobs:
     others = [(token + 1) % 256, token, *((token + 2 + i) % 256 for i in range(20))]
     values = [-0.5, -1.0, *(-1.5 - i for i in range(20))]
     return TokenLogprobs((token, *others[:top]), (-1.0, *values[:top]), 2)
+
+
+def entry_of(token: int, params: SamplingParams) -> TokenLogprobs:
+    chosen = params.logprob_token_ids
+    if chosen:
+        return TokenLogprobs((token, *chosen), (-1.0, *(-2.0 - i for i in range(len(chosen)))), 2)
+    return logprobs_of(token, params.logprobs or 0)
 
 
 @dataclass
@@ -99,7 +107,7 @@ class ScriptedClient:
                     request.request_id,
                     index,
                     some,
-                    () if params.logprobs is None else tuple(logprobs_of(token, params.logprobs) for token in some),
+                    () if params.logprobs is None else tuple(entry_of(token, params) for token in some),
                     reason if last else None,
                     num_cached_tokens=3,
                     prompt_logprobs=prompt_logprobs,

@@ -64,6 +64,7 @@ params = st.builds(
     n=st.integers(1, 3),
     beams=st.builds(Beams, st.integers(3, 9), st.floats(-5, 5), st.sampled_from([True, False, "never"])),
 )
+params |= st.builds(SamplingParams, logprobs=st.integers(0, 5), logprob_token_ids=tokens)
 requests = st.builds(
     Request,
     request_id=words,

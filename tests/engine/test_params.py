@@ -41,7 +41,7 @@ def test_defaults_are_vllms():
     assert {name: getattr(params, name) for name in VLLM_DEFAULTS} == VLLM_DEFAULTS
     lists = {f.name for f in dataclasses.fields(params)} - set(VLLM_DEFAULTS) - {"beams"}  # which is not vLLM's
     others = {"stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs"}
-    assert lists == others
+    assert lists == others | {"logprob_token_ids"}
     assert not any(getattr(params, name) for name in lists)
 
 
@@ -90,6 +90,7 @@ BAD = {
     "include_stop_str_in_output": [1.0],
     "skip_reading_prefix_cache": [0, "no"],
     "structured_outputs": [{"json": "{}"}, "{}", True, 5],
+    "logprob_token_ids": ["5", [1.5], [-1], [True], 5, [3]],
     "beams": [4, {"width": 4}, True],
     "logit_bias": [
         5,
@@ -144,7 +145,7 @@ def test_what_is_normalised():
     assert SamplingParams(temperature=1e-5, n=3).n == 3
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
-    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids"):
         assert getattr(SamplingParams(**{name: None}), name) == ()
     assert SamplingParams(stop_token_ids=[3, 1]).stop_token_ids == (3, 1)
     assert SamplingParams(allowed_token_ids=[3]).allowed_token_ids == (3,)

@@ -106,3 +106,26 @@ def test_minus_infinity_and_nan():
     assert sound.rank == 3
     assert set(broken.logprobs) == {-math.inf}
     assert "NaN" not in json.dumps([sound.logprobs, broken.logprobs])
+
+
+def test_candidates_of_ones_own_choice_are_the_definition_and_touch_no_other_row():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3)) * 4
+    logits[2, 7] = -torch.inf
+    chosen = [(5,), (), (250, 7, 9, 9), (), tuple(range(0, 300, 3))]
+    asked = [SamplingParams(logprobs=2, temperature=0.5, seed=i, logprob_token_ids=ids) for i, ids in enumerate(chosen)]
+    asked[3] = SamplingParams(temperature=0.0)
+    plain = [own.replace(logprob_token_ids=()) for own in asked]
+    for row, (result, without, ids) in enumerate(
+        zip(sample(logits, asked), sample(logits, plain), chosen, strict=True)
+    ):
+        assert result.token_ids == without.token_ids
+        if not ids:
+            assert result == without
+            continue
+        (entry,) = result.logprobs
+        x = logits[row].double().numpy()
+        expected = x - x.max() - np.log(np.exp(x - x.max()).sum())
+        assert sorted(entry.token_ids[1:]) == sorted(set(ids))
+        np.testing.assert_allclose(entry.logprobs, expected[list(entry.token_ids)], atol=2e-5)
+        assert list(entry.logprobs[1:]) == sorted(entry.logprobs[1:], reverse=True)
+        assert entry.rank == without.logprobs[0].rank

@@ -19,7 +19,7 @@ _OF_PARAMS = (
     *("seed", "ignore_eos", "min_tokens", "prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens"),
     "include_stop_str_in_output",
 )
-_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids")
 _OF_CONVERSATION = ("add_generation_prompt", "continue_final_message", "chat_template")
 _RIGHT = inference_pb2.GenerationRequest.TRUNCATION_SIDE_RIGHT
 

@@ -58,7 +58,9 @@ class Writer:
         if self._request.return_token_ids:
             output.token_ids.extend(piece.token_ids)
         if piece.logprobs:
-            output.logprobs.extend(self._logprobs(entry, self._request.params.logprobs) for entry in piece.logprobs)
+            params = self._request.params
+            top = len(params.logprob_token_ids) or params.logprobs
+            output.logprobs.extend(self._logprobs(entry, top) for entry in piece.logprobs)
         if isinstance(piece.stop_reason, int):
             output.stop_token_id = piece.stop_reason
         elif piece.stop_reason is not None:

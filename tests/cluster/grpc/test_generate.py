@@ -46,6 +46,7 @@ ALL = {
     "allowed_token_ids": (1, 2, 3),
     "bad_words": ("bad", "word"),
     "skip_reading_prefix_cache": True,
+    "logprob_token_ids": (7, 8),
 }
 
 

@@ -113,6 +113,10 @@ FIELDS: dict[str, Field] = {
         2, lambda r, b: len(choice(b)["logprobs"]["content"][0]["top_logprobs"]) == 2, (*INTEGER, -1, 21),
         {"logprobs": True}, (CHAT,),
     ),
+    "logprob_token_ids": Field(
+        [65, 66], lambda r, b: r.params.logprob_token_ids == (65, 66) and '"B"' in json.dumps(choice(b)["logprobs"]),
+        IDS, {"logprobs": 1},
+    ),
     "truncate_prompt_tokens": Field(
         3, lambda r, _: len(r.prompt_token_ids) == 3, (*INTEGER, 0, -2, 10**9), {"truncation_side": "right"}
     ),
@@ -179,7 +183,7 @@ FIELDS: dict[str, Field] = {
     "guided_json": Field(SCHEMA, lambda r, _: r.params.structured_outputs.kind == "json", (5, [])),
     "guided_regex": Field("a+", lambda r, _: r.params.structured_outputs.regex == "a+", (5, [])),
     "guided_choice": Field(["a"], lambda r, _: r.params.structured_outputs.choice == ("a",), (5, "x")),
-    "guided_grammar": Field("root ::= x", lambda r, _: r.params.structured_outputs.kind == "grammar", (5, [])),
+    "guided_grammar": Field('root ::= "x"', lambda r, _: r.params.structured_outputs.kind == "grammar", (5, [])),
     "guided_json_object": Field(True, lambda r, _: r.params.structured_outputs.json_object, (5, "x")),
     "guided_whitespace_pattern": Field(
         " ?", lambda r, _: r.params.structured_outputs.whitespace_pattern == " ?", (5, []), {"guided_json": SCHEMA}
@@ -201,7 +205,7 @@ def body(path: str, **fields: Any) -> dict[str, Any]:
     if path == TEXT:
         fields.pop("messages", None)
         fields.pop("continue_final_message", None)
-    elif "return_tokens_as_token_ids" in fields:
+    elif "return_tokens_as_token_ids" in fields or "logprob_token_ids" in fields:
         fields["logprobs"] = True
     return {**start, **fields}
 

@@ -2,7 +2,6 @@
 time, with a status and a body that the document knows, and the server answers correctly after.
 """
 
-import json
 import time
 
 import httpx
