@@ -19,6 +19,8 @@ SpecialId = Callable[[str], int | None]
 
 # As Python writes JSON, which is what models have learnt; and no white space without end.
 _TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Of one turn: small models know no end.
+MAX_CALLS = 32
 # What the grammar cannot express of a tool's schema, the tool will check: better such a call than none.
 _OF_TOOL = {**_TIGHT, "lenient": True}
 _SPACE = "SPACE: /[ \\n]{1,2}/"
@@ -128,7 +130,7 @@ class _Writer:
 
     def _calls(self, tools: Tools, without: str = "") -> str:
         shape = self._shape
-        in_a_row = f"({self._literal(shape.between)} call)*" if tools.parallel else ""
+        in_a_row = f"({self._literal(shape.between)} call){{0,{MAX_CALLS - 1}}}" if tools.parallel else ""
         if without and not shape.first:
             return "call"  # each has its own trigger
         first = shape.first.removeprefix(without)

@@ -172,11 +172,13 @@ class CallReader(ABC):
         tape = self.tape
         while opener := (yield from self._text_up_to_opener()):
             self._is_certain = False
+            calls_before = self.num_calls
             try:
                 yield from self.call(opener)
             except Malformed as wrong:
-                if self._is_certain and isinstance(wrong, CutOff):
-                    return  # nothing is missing but what closes the notation
+                is_another = calls_before > 0 and opener in self.MARKERS
+                if isinstance(wrong, CutOff) and (is_another or self.num_calls > calls_before):
+                    return  # what closes the notation is missing, or more of a further call: no text in any case
                 # Marked: what follows the mark is text after all, though after its first character may come a call.
                 if tape.rewind() and (yield from tape.peek()):
                     self._say(tape.take())
@@ -198,6 +200,8 @@ class CallReader(ABC):
                 if (yield from tape.literal(marker)):
                     return marker
             tape.unmark()
+            if self.num_calls and self._at_beginning and any(map(tape.is_cut_off_in, self.MARKERS)):
+                return ""
             if char in self.BARE and (self._at_beginning or "\n" in self._pending):
                 tape.mark()
                 return tape.take()

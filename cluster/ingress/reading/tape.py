@@ -110,6 +110,10 @@ class Tape:
         if not (yield from self.literal(text)):
             raise CutOff if self._begins(text) else Malformed
 
+    def is_cut_off_in(self, text: str) -> bool:
+        """Whether the text ends inside `text`, which begins here."""
+        return self._ended and self._begins(text)
+
     def back(self, text: str) -> None:
         """Un-take `text`, which was taken last."""
         if self._at < len(text):  # some of it was dropped since
