@@ -11,6 +11,7 @@ Hq / Hkv heads, D head size, M model width, F FFN width, R rows that are sampled
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -237,12 +238,12 @@ class Ops:
 # A body has functions of the ops' names; it may leave ops out. `available()` says whether it can run here.
 BODIES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "ref"),
-    "cuda": ("ref",),
+    "cuda": ("triton", "ref"),
 }
 
 
 def select(device: torch.device, dtype: torch.dtype, force: str | None = None, cpu_isa: str | None = None) -> Ops:
-    """Choose a body for every op. `force` names one body ("ref", "cpu"): it is tried first, `ref` fills its gaps.
+    """Choose a body for every op. `force` names one ("ref", "cpu", "triton"): it is tried first, `ref` fills its gaps.
 
     cpu_isa: the instruction set of the native CPU ops; None = the best here. Raises ValueError if it cannot run here.
     """
@@ -265,5 +266,7 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None, c
 
 def _body(name: str, cpu_isa: str | None) -> Any:
     """None: there is nothing of it on this machine."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return None
     module: Any = importlib.import_module(f"octavo.kernels.{name}")
     return module.load(cpu_isa) if name == "cpu" else module

@@ -1,0 +1,30 @@
+"""Triton bodies of the ops, for CUDA devices. Contracts: `octavo.kernels.ops`.
+
+Knows tensors, their strides and the device's number of processors. Launches wait for nothing and read nothing from the
+device, and grids follow from shapes alone, so that every op can be captured in a CUDA graph.
+
+With TRITON_INTERPRET=1 in the environment when triton is first imported, the same kernels run in Triton's interpreter,
+on CPU tensors: slowly, for tests.
+"""
+
+import torch
+from triton import knobs
+
+from octavo.kernels.triton.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.triton.norm import add_rms_norm, rms_norm
+
+__all__ = [
+    "add_rms_norm",
+    "available",
+    "gelu_tanh",
+    "gelu_tanh_and_mul",
+    "rms_norm",
+    "silu_and_mul",
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """On the CPU only where the interpreter runs."""
+    return dtype in DTYPES and (device.type == "cuda" or bool(knobs.runtime.interpret))
