@@ -45,12 +45,12 @@ class FormChecks:
     async def _check_tools(self, body: ChatBody) -> None:
         """The same of each tool's parameters, of which the form was made."""
         tools = tools_of(body)
-        for number, tool in enumerate(tools.tools if tools is not None else ()):
+        for tool in tools.tools if tools is not None else ():
             schema = StructuredOutputs(json=dict(tool.schema))
             try:
                 await self._compile(schema)
             except RequestError as error:
-                raise _renamed(error, schema, f"tools[{number}].function.parameters") from None
+                raise _renamed(error, schema, f"{tool.place}.parameters") from None
 
     async def _compile(self, form: StructuredOutputs) -> None:
         grammars = self._tokens if form.kind in _NEED_TOKENS else self._bytes

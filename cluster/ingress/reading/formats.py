@@ -126,8 +126,11 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
 THINKING: Mapping[str, Thinking | None] = {
     "deepseek_r1": Thinking(always=True),
     "deepseek_v3": Thinking(),
+    "glm45": Thinking(),
+    "mistral": Thinking("[THINK]", "[/THINK]"),
     "none": None,
     "qwen3": Thinking(),
+    "seed_oss": Thinking("<seed:think>", "</seed:think>"),
     "think": Thinking(),
 }
 
