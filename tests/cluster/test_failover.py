@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from octavo.cluster.ingress.client import HandedOver, ReplicaLost
 from octavo.cluster.routing import failover
 from octavo.cluster.routing.failover import FailoverClient
+from octavo.engine.beam import Beams
 from octavo.engine.build import assemble
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import CapacityError, RequestError
@@ -106,6 +107,17 @@ async def test_killed_after_every_token():
         assert len(resumed) == 1
         assert replicas.avoided == [set(), {"replica-0"}]
         assert replicas.live == 0
+
+
+async def test_a_search_begins_again_and_tells_only_what_is_missing():
+    given = request("r", max_tokens=8, n=3, beams=Beams(4))
+    whole = deltas_of(given)
+    for count in range(4):
+        replicas = Replicas([(count, ReplicaLost("gone"))])
+        found = await collect(FailoverClient(replicas, 5), given)
+        assert [(d.index, d.token_ids, d.finish_reason) for d in found] == [
+            (d.index, d.token_ids, d.finish_reason) for d in whole
+        ]
 
 
 async def test_a_prompt_that_is_pooled_begins_again():

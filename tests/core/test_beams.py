@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.engine.beam import Beams, BeamSearch
@@ -86,7 +86,7 @@ def beam_request(name: str, options: dict):
     return request(name, options.pop("prompt"), n=max(1, width - 1), beams=beams, **options)
 
 
-@settings(max_examples=400, deadline=None, phases=[Phase.generate])
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(events, min_size=1, max_size=12),
     st.fixed_dictionaries(

@@ -1,6 +1,7 @@
 """Beam search over whole models against transformers' generate(num_beams=…), and LLM.beam_search."""
 
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,12 +9,17 @@ import pytest
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).parent))
+from launchers import Threads
+
 from octavo.engine import LLM, BeamSearchParams
 from octavo.engine.beam import Beams
-from octavo.engine.build import build_engine
+from octavo.engine.build import Phases, assemble, build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import RequestError
+from octavo.engine.parallel.layout import Layout
 from octavo.engine.params import SamplingParams
+from octavo.engine.process.ranks import Deadlines, Ranks
 from octavo.engine.types import Request
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "models" / "tiny.py")
@@ -105,6 +111,24 @@ def test_beams_equal_transformers(llama, condition, search_for):
             assert (delta.finish_reason, delta.stop_reason) == (("stop", tokens[-1]) if stopped else ("length", None))
             assert [entry.token_ids[0] for entry in delta.logprobs] == tokens
             assert all(len(entry.token_ids) == 3 for entry in delta.logprobs)
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_several_ranks_find_what_one_finds(llama, layout):
+    folder, model = llama
+    config = EngineConfig(
+        str(folder), dtype="float32", block_size=8, max_model_len=64, max_num_seqs=6, num_gpu_blocks_override=40,
+        tensor_parallel_size=layout[0], pipeline_parallel_size=layout[1],
+    )  # fmt: skip
+    ranks = Ranks(config, Layout(*layout), Threads(), Deadlines(hang_s=60), Phases(None))
+    core = assemble(config, ranks.info, ranks).core
+    try:
+        found = search(core, PROMPTS, Beams(4), stop_token_ids=ENDS, ignore_eos=True)
+    finally:
+        core.close()
+    for prompt, deltas in zip(PROMPTS, found, strict=True):
+        want = reference(model, prompt, 4, ENDS)
+        assert [list(delta.token_ids) for delta in deltas] == [tokens for tokens, _ in want]
 
 
 def test_min_tokens_as_in_transformers(llama):

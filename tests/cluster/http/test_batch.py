@@ -124,7 +124,7 @@ def test_the_second_run_does_what_is_missing_and_repairs_a_torn_line(files):
 def test_a_run_that_is_killed_again_and_again_loses_and_repeats_nothing(files):
     source, target = files
     write(source, [line(f"r{i}", body={"prompt": f"p{i}", "max_tokens": 30, "ignore_eos": True}) for i in range(120)])
-    command = [sys.executable, "-m", "octavo.cluster.cli", "batch", "--model", "fake:step_ms=4", source, target,
+    command = [sys.executable, "-m", "octavo.cluster.cli", "batch", "--model", "fake:step_ms=2", source, target,
                "--concurrency", "6"]  # fmt: skip
     for number in range(2):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -163,7 +163,7 @@ def test_a_running_server_answers_too_and_is_asked_again_while_it_is_busy(harnes
 
     client = Busy()
     with harness.server(client, api_keys=("key",)) as url:
-        result = run(source, target, "--url", f"{url}/v1", "--api-key", "key", "--concurrency", 4, model=None)
+        result = run(source, target, "--url", f"{url}/v1", "--api-key", "key", "--concurrency", 16, model=None)
         assert result.exit_code == 0, result.output
         assert len(read(target)) == 20
         assert client.refusals == 0
