@@ -7,6 +7,7 @@ Only grammars may name special tokens, and need the model's own. The engine comp
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import Future
 from typing import Any
 
@@ -46,7 +47,7 @@ class FormChecks:
         """The same of each tool's parameters, of which the form was made."""
         tools = tools_of(body)
         for tool in tools.tools if tools is not None else ():
-            schema = StructuredOutputs(json=dict(tool.schema))
+            schema = StructuredOutputs(json=json.dumps(tool.schema, ensure_ascii=False))
             try:
                 await self._compile(schema)
             except RequestError as error:
