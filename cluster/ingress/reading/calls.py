@@ -25,6 +25,7 @@ from octavo.cluster.ingress.reading.tape import CutOff, Malformed, Reads, Tape
 # The tools that a request offers: name → JSON Schema of the arguments.
 Offer = Mapping[str, Mapping[str, Any]]
 
+_KEYS = ("name", "arguments", "parameters", "type", "id")
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
@@ -54,6 +55,7 @@ class CallReader(ABC):
         self._new_id = new_id
         self._pending = ""  # spaces that may be text, or stand around a call
         self._is_certain = False  # of what was opened: that it is a call
+        self._has_said = False
         self._at_beginning = True  # nothing but spaces so far, or since a call
         openers = "".join({marker[0] for marker in self.MARKERS} | set(self.BARE))
         self._prose = re.compile(f"[^{re.escape(openers)}]*") if openers else re.compile(r"(?s).*")
@@ -100,7 +102,7 @@ class CallReader(ABC):
     def json_call(self, known_only: bool = False) -> Reads[None]:
         """`{"name": …, "arguments": {…}}`, or "parameters", with the keys in any order and further ones ignored.
 
-        known_only: it is a call only if such a tool is offered.
+        known_only: it is a call only if such a tool is offered, and no other keys come before its name.
         """
         tape = self.tape
         yield from tape.expect("{")
@@ -124,6 +126,8 @@ class CallReader(ABC):
                 else:
                     yield from self.json_arguments(name)
                     begun = True
+            elif known_only and name is None and key not in _KEYS:
+                raise Malformed  # JSON of the answer's own, which must not be held back
             else:
                 yield from copy_value(tape, _ignore)
             yield from tape.spaces()
@@ -209,10 +213,11 @@ class CallReader(ABC):
         return ""
 
     def _say(self, text: str) -> None:
-        """Text, with the spaces that were before it."""
-        self.tape.parts.append(Answer(self._pending + text))
+        """Text, with the spaces that were before it, unless those only part it from a call."""
+        text = self._pending + text
+        self.tape.parts.append(Answer(text if self._has_said or not self.num_calls else text.lstrip()))
         self._pending = ""
-        self._at_beginning = False
+        self._has_said, self._at_beginning = True, False
 
 
 def _keep(kept: list[str]) -> Emit:
@@ -226,7 +231,7 @@ def _ignore(text: str) -> None:
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -16,7 +16,7 @@ from octavo.cluster.ingress.reading.tape import CutOff, Malformed, Reads
 _NAME = re.compile(r"[^>\s<]*")
 _UP_TO_TAG = re.compile(r"[^<\s]*")
 _END_OF_VALUE = "</parameter>"
-_PYTHON = {"True": True, "False": False, "None": None}
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 class QwenCoderReader(CallReader):
@@ -44,7 +44,7 @@ class QwenCoderReader(CallReader):
             else:
                 found: list[str] = []
                 yield from self._value(found.append)
-                emit(json.dumps(_meaning("".join(found)), ensure_ascii=False))
+                emit(_as_json("".join(found)))
             yield from tape.spaces()
             has_more = yield from self._has_more()
         emit("}")
@@ -87,13 +87,14 @@ class QwenCoderReader(CallReader):
         return isinstance(schema, dict) and schema.get("type") == "string"
 
 
-def _meaning(text: str) -> Any:
+def _as_json(text: str) -> str:
+    """What the text means."""
     if text in _PYTHON:
         return _PYTHON[text]
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.dumps(json.loads(text, parse_constant=_refuse), ensure_ascii=False)
     except (ValueError, RecursionError):
-        return text
+        return json.dumps(text, ensure_ascii=False)
 
 
 def _refuse(name: str) -> None:

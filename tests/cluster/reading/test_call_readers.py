@@ -275,6 +275,17 @@ def test_arguments_stream_as_they_are_written():
     assert reader.push("_call>", True) == []
 
 
+def test_json_of_the_answers_own_streams_where_nothing_marks_calls():
+    reader = CALL_FORMATS["llama3_json"].reader(OFFER)
+    assert reader.push('{"title": "A lo', False) == [Answer('{"title": "A lo')]
+    assert reader.push('ng story"}', True) == [Answer('ng story"}')]
+
+
+def test_text_behind_a_call():
+    assert said(read("hermes", hermes([("now", {})]) + "\n\nThat was it. ")) == "That was it. "
+    assert said(read("hermes", "Well.\n" + hermes([("now", {})]) + "\n\nThat was it.")) == "Well.\n\nThat was it."
+
+
 def test_ids_are_unique_and_mistrals_are_short():
     parts = read("hermes", hermes([("now", {}), ("now", {})]))
     assert len({part.call_id for part in parts if isinstance(part, CallBegun)}) == 2
@@ -287,3 +298,7 @@ def test_nesting_and_length_cost_no_stack():
     deep = "[" * 50_000
     for name, text in (("hermes", '<tool_call>{"name": "f", "arguments": {"a": '), ("pythonic", "[now(a=")):
         assert called(read(name, text + deep))[0][1].endswith(deep)
+    text = f'<tool_call>{{"name": "f", "arguments": "{{\\"a\\": {deep}"}}</tool_call>'
+    assert read("hermes", text) == [Answer(text)]
+    text = f"<function=get_weather><parameter=days>{deep}</parameter></function>"
+    assert called(read("qwen3_coder", text)) == [["get_weather", json.dumps({"days": deep})]]
