@@ -16,6 +16,7 @@ import httpx
 
 from octavo.cluster.batch.items import Item, Reply
 from octavo.cluster.config import DeploymentConfig
+from octavo.cluster.ingress_parts import ingress_settings, load_text
 from octavo.engine.errors import ConfigError, OctavoError
 
 if TYPE_CHECKING:
@@ -93,7 +94,6 @@ async def engine(config: DeploymentConfig) -> AsyncIterator[Answerer]:
 
 
 def _build(config: DeploymentConfig) -> tuple[Any, Any]:
-    from octavo.cluster.app import ingress_settings, load_text
     from octavo.cluster.ingress.app import create_app
     from octavo.cluster.ingress.client import LocalEngineClient
     from octavo.cluster.ingress.service import Service
