@@ -117,8 +117,10 @@ def test_every_parser_is_written_here():
 @settings(max_examples=60, deadline=None)
 @given(before=prose, wanted=calls, cuts=cuts)
 def test_what_is_written_is_read(name, before, wanted, cuts):
-    if name == "qwen3_coder":  # its values are text, in which a closing tag cannot be told from one that closes
-        wanted = [(n, {k: v for k, v in a.items() if k != "any" and "<" not in str(v)}) for n, a in wanted]
+    if name == "qwen3_coder":
+        # Its values are text: what they are, only a schema tells, and a closing tag in them looks like one that closes.
+        known = {each: OFFER[each]["properties"].keys() - {"any"} for each in NAMES}
+        wanted = [(n, {k: v for k, v in a.items() if k in known[n] and "<" not in str(v)}) for n, a in wanted]
     text = before + ("\n" if before else "") + WRITERS[name](wanted)
     parts = read(name, text, cuts)
     assert [(n, json.loads(a)) for n, a in called(parts)] == wanted
