@@ -103,9 +103,7 @@ def params_to_proto(params: SamplingParams) -> Any:
     if params.structured_outputs is not None:
         proto.structured_outputs.CopyFrom(structured_to_proto(params.structured_outputs))
     if params.beams is not None:
-        proto.beams.width, proto.beams.length_penalty = params.beams.width, params.beams.length_penalty
-        number: Any = _EARLY_STOPPING.index(params.beams.early_stopping)
-        proto.beams.early_stopping = number
+        proto.beams.CopyFrom(beams_to_proto(params.beams))
     return proto
 
 
@@ -134,6 +132,11 @@ def structured_from_proto(proto: Any) -> StructuredOutputs:
     others = {name: getattr(proto, name) for name in _STRUCTURED if name not in _STRUCTURED_TEXTS}
     values = {**texts, **others, "choice": tuple(proto.choice), "begins_after": tuple(proto.begins_after)}
     return StructuredOutputs(**values)
+
+
+def beams_to_proto(beams: Beams) -> Any:
+    number: Any = _EARLY_STOPPING.index(beams.early_stopping)
+    return sampling_pb2.Beams(width=beams.width, length_penalty=beams.length_penalty, early_stopping=number)
 
 
 def beams_from_proto(proto: Any) -> Beams:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from octavo.cluster.wire import beams_to_proto, structured_to_proto
+from octavo.engine.beam import Beams
 from octavo.engine.errors import RequestError
+from octavo.engine.grammar.spec import StructuredOutputs
 from octavo.protos.octavo.v1 import inference_pb2 as pb
 from octavo.protos.octavo.v1 import sampling_pb2
 
@@ -14,7 +17,9 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 class Params(TypedDict, total=False):
     """What may be said of an answer. What is left out is the model's own default; see GenerationRequest and
-    SamplingParams in protos/octavo/v1. `stop` may be one string. `max_tokens` 0: what the context has room for.
+    SamplingParams in protos/octavo/v1. `structured_outputs`: the fields of StructuredOutputs, a schema as JSON text or
+    as a mapping. `beams`: those of octavo.engine.beam.Beams. `stop` may be one string. `max_tokens` 0: what the context
+    has room for.
     """
 
     n: int
@@ -40,6 +45,9 @@ class Params(TypedDict, total=False):
     allowed_token_ids: Sequence[int]
     bad_words: Sequence[str]
     skip_reading_prefix_cache: bool
+    structured_outputs: Mapping[str, Any]
+    beams: Mapping[str, Any]
+    logprob_token_ids: Sequence[int]
     model: str
     priority: int
     cache_salt: str
@@ -108,7 +116,11 @@ def _set(message: Any, given: Mapping[str, Any], names: Sequence[str]) -> None:
             continue
         value, field = given[name], message.DESCRIPTOR.fields_by_name[name]
         try:
-            if name == "logit_bias" or name == "chat_template_kwargs":
+            if name == "structured_outputs":
+                message.structured_outputs.CopyFrom(structured_to_proto(StructuredOutputs(**value)))
+            elif name == "beams":
+                message.beams.CopyFrom(beams_to_proto(Beams(**value)))
+            elif name == "logit_bias" or name == "chat_template_kwargs":
                 getattr(message, name).update(value)
             elif field.is_repeated:
                 getattr(message, name).extend(value)

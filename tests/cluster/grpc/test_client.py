@@ -20,6 +20,7 @@ from octavo.cluster.client import (
 from octavo.cluster.client.requests import generation_request
 from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.machine import free_ports
+from octavo.engine.beam import Beams
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError, StepError
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -126,6 +127,17 @@ async def test_deadline_and_giving_up(harness):
         with pytest.raises(Cancelled):  # by closing the client
             await reading
         await until(lambda: engine.live == 0, 1)
+
+
+async def test_searches_are_asked_for(harness):
+    engine = harness.Client()
+    async with harness.serving(engine) as server:
+        beams = {"width": 4, "early_stopping": "never"}
+        answer = await server.client.generate("Hi", n=2, beams=beams, max_tokens=20)
+        await server.client.generate("Hi", logprobs=0, logprob_token_ids=[5, 6])
+    assert len(answer.outputs) == 2
+    assert engine.seen[0].params.beams == Beams(4, 1.0, "never")
+    assert engine.seen[1].params.logprob_token_ids == (5, 6)
 
 
 @pytest.mark.parametrize(
