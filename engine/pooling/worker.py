@@ -73,10 +73,11 @@ class Pooler:
         if not ended:
             return {}
         vectors = self._model.features(torch.stack([_vector(sequence) for sequence in ended.values()]).to(hidden.dtype))
-        return {
-            place: _result(self._finish(sequence.params, vector))
-            for (place, sequence), vector in zip(ended.items(), vectors, strict=True)
-        }
+        finished = [
+            self._finish(sequence.params, vector) for sequence, vector in zip(ended.values(), vectors, strict=True)
+        ]
+        on_host = torch.cat(finished).cpu().split([len(vector) for vector in finished])  # a device is waited for once
+        return {place: _result(values) for place, values in zip(ended, on_host, strict=True)}
 
     def _take(self, sequence: _Pooled, row: Row, hidden: torch.Tensor) -> None:
         """hidden: [N, M] of the row's positions."""
@@ -111,7 +112,7 @@ def _vector(sequence: _Pooled) -> torch.Tensor:
 def _result(values: torch.Tensor) -> RowResult:
     if not bool(values.isfinite().all()):
         return RowResult(error=NOT_FINITE)
-    return RowResult(pooled=values.cpu().numpy().astype("<f4", copy=False).tobytes())
+    return RowResult(pooled=values.numpy().astype("<f4", copy=False).tobytes())
 
 
 def activation_of(hf_config: Any) -> Callable[[torch.Tensor], torch.Tensor]:

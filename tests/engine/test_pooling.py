@@ -5,6 +5,8 @@ The checkpoints are tests/models/tiny_pooling.py's.
 """
 
 import importlib.util
+import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from octavo.engine.core.engine import EngineCore
 from octavo.engine.errors import ConfigError, RequestError
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.params import SamplingParams
+from octavo.engine.pooling.info import PoolingInfo
 from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.pooling.prompts import pooling_request
 from octavo.engine.process.ranks import Deadlines, Ranks
@@ -276,6 +279,41 @@ def test_what_a_model_is_served_for(folder):
     ):
         with pytest.raises(ConfigError, match=message):
             info(name, **options)
+
+
+def test_a_decoder_in_a_sentence_transformers_folder_is_for_embeddings_alone(folder, tmp_path):
+    """As Qwen3-Embedding comes: …ForCausalLM by name, the last token's state by modules.json, shortened if asked to."""
+    path = tmp_path / "model"
+    shutil.copytree(folder("llama"), path)
+    (path / "1_Pooling").mkdir()
+    modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
+    written = [
+        {"idx": int(name), "name": name, "path": where, "type": f"sentence_transformers.models.{kind}"}
+        for name, where, kind in modules
+    ]
+    for name, value in {
+        "modules.json": written,
+        "1_Pooling/config.json": {"word_embedding_dimension": 32, "pooling_mode_lasttoken": True},
+        "sentence_bert_config.json": {"max_seq_length": 60},
+        "config_sentence_transformers.json": {"prompts": {"query": "Find: ", "document": ""}},
+        "config.json": json.loads((path / "config.json").read_text()) | {"matryoshka_dimensions": [8, 16]},
+    }.items():
+        (path / name).write_text(json.dumps(value))
+    engine = build_engine(EngineConfig(str(path), **OPTIONS))
+    try:
+        assert engine.info.max_model_len == 60
+        assert engine.info.pooling == PoolingInfo(
+            generates=False,
+            embedding_size=32,
+            is_matryoshka=True,
+            dimensions=(8, 16),
+            prompts=(("query", "Find: "), ("document", "")),
+        )
+        expect(pool(engine.core), [tiny.pooled(each, "last") for each in states("llama")])
+        shorter = [torch.nn.functional.normalize(each[-1, :8], dim=0) for each in states("llama")]
+        expect(pool(engine.core, tag="s", dimensions=8), shorter)
+    finally:
+        engine.core.close()
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"pooling_type": "MAX"}', '{"normalize": 1}', '{"step_tag_id": 3}'])
