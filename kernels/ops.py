@@ -59,10 +59,10 @@ class WriteKV(Protocol):
     ) -> None:
         """Store key, value [T, Hkv, D] into the caches at slot_mapping [T]; -1 skips. In place.
 
-        caches: [NB, Hkv, BS, D] of float32, bfloat16 or float16, or [NB, Hkv, BS, D + 4] of int8: of each block and
-        head first BS rows of D values, then BS float32 scales, one per row: what is stored is value * scale. The scale
-        is the largest magnitude of the row / 127; values are rounded to the nearest, ties to even. A row with an
-        infinity or NaN gets the scale NaN.
+        caches: [NB, Hkv, BS, D] of float32, bfloat16 or float16, or [NB, Hkv, BS, D + 4] of int8 or float8_e4m3fn: of
+        each block and head first BS rows of D values, then BS float32 scales, one per row: what is stored is value *
+        scale. The scale is the largest magnitude of the row / 127, or / 448; values are rounded to the nearest, ties to
+        even. A row with an infinity or NaN gets the scale NaN. (float8_e4m3fn: not by the native CPU body.)
         """
 
 

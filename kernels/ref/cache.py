@@ -3,10 +3,12 @@
 import torch
 
 SCALE_BYTES = 4
+# Types of caches whose rows have scales → what the largest magnitude of a row becomes.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def int8_parts(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An int8 cache [NB, Hkv, BS, D + 4] as values [NB, Hkv, BS, D] and float32 scales [NB, Hkv, BS]. Views."""
+def scaled_parts(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache with scales [NB, Hkv, BS, D + 4] as values [NB, Hkv, BS, D] and float32 scales [NB, Hkv, BS]. Views."""
     num_blocks, num_heads, block_size, row = cache.shape
     head_size = row - SCALE_BYTES
     heads = cache.view(num_blocks, num_heads, block_size * row)
@@ -16,22 +18,22 @@ def int8_parts(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def read_blocks(cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """blocks: [...] → their KV as float32 [..., Hkv, BS, D]."""
-    if cache.dtype != torch.int8:
+    if cache.dtype not in LARGEST:
         return cache[blocks].float()
-    values, scales = int8_parts(cache)
-    return values[blocks] * scales[blocks].unsqueeze(-1)
+    values, scales = scaled_parts(cache)
+    return values[blocks].float() * scales[blocks].unsqueeze(-1)
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., D] → int8 values [..., D] and float32 scales [...]; see ops.WriteKV."""
+def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., D] → values [..., D] of dtype and float32 scales [...]; see ops.WriteKV."""
     x = x.float()
     top = x.abs().amax(-1)
-    inverse = torch.full_like(top, 127) / top  # not 127 / top: that is rounded twice
+    inverse = torch.full_like(top, LARGEST[dtype]) / top  # not 127 / top: that is rounded twice
     inverse[inverse.isinf()] = 0  # nothing, or too small to divide by
     spoiled = ~x.isfinite().all(-1)
-    scales = torch.where(inverse == 0, 0, top / 127).masked_fill(spoiled, float("nan"))
-    values = (x * inverse.unsqueeze(-1)).round().masked_fill(spoiled.unsqueeze(-1), 0)
-    return values.to(torch.int8), scales
+    scales = torch.where(inverse == 0, 0, top / LARGEST[dtype]).masked_fill(spoiled, float("nan"))
+    values = (x * inverse.unsqueeze(-1)).masked_fill(spoiled.unsqueeze(-1), 0)
+    return (values if dtype.is_floating_point else values.round()).to(dtype), scales
 
 
 def write_kv(
@@ -47,9 +49,9 @@ def write_kv(
     block_size = key_cache.shape[2]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     for cache, new in ((key_cache, key), (value_cache, value)):
-        if cache.dtype == torch.int8:
-            values, scales = int8_parts(cache)
-            values[block, :, offset], scales[block, :, offset] = quantize(new)
+        if cache.dtype in LARGEST:
+            values, scales = scaled_parts(cache)
+            values[block, :, offset], scales[block, :, offset] = quantize(new, cache.dtype)
         else:
             cache[block, :, offset] = new.to(cache.dtype)
 

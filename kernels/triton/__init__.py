@@ -11,15 +11,22 @@ import torch
 from triton import knobs
 
 from octavo.kernels.triton.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
+from octavo.kernels.triton.attention import paged_attention
+from octavo.kernels.triton.cache import copy_blocks, write_kv
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
+from octavo.kernels.triton.rotary import rotary
 
 __all__ = [
     "add_rms_norm",
     "available",
+    "copy_blocks",
     "gelu_tanh",
     "gelu_tanh_and_mul",
+    "paged_attention",
     "rms_norm",
+    "rotary",
     "silu_and_mul",
+    "write_kv",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

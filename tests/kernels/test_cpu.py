@@ -14,7 +14,7 @@ import torch
 from octavo.kernels import cpu, ops, ref
 from octavo.kernels.cpu.library import ISAS, cpu_flags, runnable
 from octavo.kernels.ops import AttentionBatch
-from octavo.kernels.ref.cache import int8_parts
+from octavo.kernels.ref.cache import scaled_parts
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
@@ -223,14 +223,14 @@ def test_write_kv_rounds_to_int8(body: cpu.Body) -> None:
     for write_kv in (body.write_kv, ref.write_kv):
         key_cache, value_cache = torch.zeros(2, 1, 1, 8, 12, dtype=torch.int8)
         write_kv(rows, -rows, key_cache, value_cache, torch.arange(7))
-        values, scales = int8_parts(key_cache)
+        values, scales = scaled_parts(key_cache)
         assert values[0, 0, 0].tolist() == [127, 0, 2, 0, -2, 2, -126, -127]
         assert values[0, 0, 1].tolist() == [0, 0, 0, -127, 0, 0, 0, 0]
         assert not values[0, 0, 2:].any()
         torch.testing.assert_close(
             scales[0, 0, :7], torch.tensor([1.0, 1e-3 / 127, 0, 0, *[float("nan")] * 3]), equal_nan=True
         )
-        assert torch.equal(int8_parts(value_cache)[0], -values)
+        assert torch.equal(scaled_parts(value_cache)[0], -values)
 
 
 def test_write_kv_takes_keys_of_another_layout(body: cpu.Body, dtype: torch.dtype) -> None:

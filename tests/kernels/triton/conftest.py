@@ -1,4 +1,8 @@
-"""Triton's interpreter, made to round as GPUs do: to the nearest, ties to even. (By itself it cuts bits off.)"""
+"""Triton's interpreter, made to compute as GPUs do.
+
+By itself it cuts bits off where a GPU rounds to the nearest, ties to even; and it keeps bfloat16 as the integers of its
+bits, which some of its operations take for numbers.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +13,7 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 TORCH = {
     tl.float32: torch.float32,
@@ -18,18 +23,43 @@ TORCH = {
 }
 INTEGERS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 
+_convert_float = interpreter._convert_float
+_cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+
+def convert(data: npt.NDArray[Any], source: tl.dtype, target: tl.dtype, mode: Any) -> npt.NDArray[Any]:
+    """As interpreter._convert_float: the bits of `target`, as unsigned integers."""
+    if source not in TORCH or target not in TORCH:
+        return _convert_float(data, source, target, mode)
+    bits, unsigned = INTEGERS[TORCH[target].itemsize]
+    numbers = torch.frombuffer(bytearray(data.tobytes()), dtype=TORCH[source]).to(TORCH[target])
+    return numbers.view(bits).numpy().view(unsigned).reshape(data.shape)
+
+
+def cast(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    """Between bfloat16 and what is neither it nor float32: by way of float32."""
+    bfloat16, float32 = tl.bfloat16, tl.float32
+    if (source.dtype.scalar == bfloat16) != (target.scalar == bfloat16):
+        return _cast(self, _cast(self, source, _like(target, float32)), target)
+    return _cast(self, source, target)
+
+
+def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    return _dot(self, _as_numbers(self, a), _as_numbers(self, b), *rest)
+
+
+def _as_numbers(builder: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
+    return _cast(builder, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+
+def _like(shaped: tl.dtype, scalar: tl.dtype) -> tl.dtype:
+    return tl.block_type(scalar, shaped.shape) if isinstance(shaped, tl.block_type) else scalar
+
 
 @pytest.fixture(autouse=True, scope="session")
-def rounding() -> Iterator[None]:
-    before = interpreter._convert_float
-
-    def convert(data: npt.NDArray[Any], source: tl.dtype, target: tl.dtype, mode: Any) -> npt.NDArray[Any]:
-        if source not in TORCH or target not in TORCH:
-            return before(data, source, target, mode)
-        bits, unsigned = INTEGERS[TORCH[target].itemsize]
-        numbers = torch.frombuffer(bytearray(data.tobytes()), dtype=TORCH[source]).to(TORCH[target])
-        return numbers.view(bits).numpy().view(unsigned).reshape(data.shape)
-
+def exact() -> Iterator[None]:
     interpreter._convert_float = convert
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
     yield
-    interpreter._convert_float = before
+    interpreter._convert_float = _convert_float
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot

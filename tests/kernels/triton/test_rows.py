@@ -7,7 +7,7 @@ does not; float16 likewise of its 11.
 import pytest
 import torch
 
-from octavo.kernels import ref, triton
+from octavo.kernels import ops, ref, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,3 +76,33 @@ def test_gated_activations_keep_their_limits(name: str) -> None:
     gate = torch.tensor([-1e4, -90.0, -88.0, 0.0, 88.0, 90.0, 1e4, float("nan"), -1e-6, 1e-6])
     x = torch.cat((gate, torch.ones(10))).unsqueeze(0).to(DEVICE)
     torch.testing.assert_close(getattr(triton, name)(x), getattr(ref, name)(x), rtol=1e-5, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize(("head_size", "rotated"), [(64, 64), (128, 128), (80, 80), (64, 16), (96, 24), (256, 64)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+def test_rotary(dtype: torch.dtype, num_tokens: int, head_size: int, rotated: int) -> None:
+    fused, positions = randn(num_tokens, 6, head_size).to(dtype), torch.randint(0, 100, (num_tokens,), device=DEVICE)
+    cos_sin = randn(100, rotated)
+    expected = ref.rotary(fused[:, :4].clone(), fused[:, 4:5].clone(), positions, cos_sin)
+    value = fused[:, 5].clone()
+    for actual, wanted in zip(triton.rotary(fused[:, :4], fused[:, 4:5], positions, cos_sin), expected, strict=True):
+        close(actual, wanted)
+    assert torch.equal(fused[:, 5], value)
+
+
+def test_rotary_of_many_heads(dtype: torch.dtype) -> None:
+    query, key = randn(3, 40, 64).to(dtype), randn(3, 33, 64).to(dtype)
+    positions, cos_sin = torch.tensor([3, 0, 9], device=DEVICE), randn(10, 64)
+    expected = ref.rotary(query, key, positions, cos_sin)
+    for actual, wanted in zip(triton.rotary(query, key, positions, cos_sin), expected, strict=True):
+        close(actual, wanted)
+
+
+def test_ops_table() -> None:
+    """Forced, Triton has these ops and `ref` the rest; by itself it is not chosen on a CPU."""
+    chosen = dict(ops.select(torch.device(DEVICE), torch.bfloat16, force="triton").bodies)
+    assert {"rms_norm", "add_rms_norm", "rotary", "silu_and_mul", "paged_attention", "write_kv"} <= {
+        op for op, body in chosen.items() if body == "triton"
+    }
+    assert set(chosen.values()) <= {"triton", "ref"}
+    assert "triton" not in dict(ops.select(torch.device("cpu"), torch.bfloat16).bodies).values()
