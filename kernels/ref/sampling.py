@@ -68,15 +68,19 @@ def take_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Logp
     normaliser = top + total.log().to(torch.float32)
     own = logits.gather(1, token_ids[:, None])
     ranks = 1 + torch.count_nonzero(logits > own, dim=-1)
-    if k * 4 > maxima.shape[1]:
-        values, ids = logits.topk(k, dim=-1)
-    else:
-        # The k blocks with the largest maxima hold k tokens that no other token exceeds.
-        chosen = maxima.topk(k, dim=-1).indices.sort(dim=-1).values
-        rows = torch.arange(len(logits), device=logits.device)[:, None]
-        values, place = blocks[rows, chosen].flatten(1).topk(k, dim=-1)
-        ids = chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
+    values, ids = most_likely(logits, maxima, k)
     return Logprobs(token_ids, _finite(own[:, 0] - normaliser), ranks, ids, _finite(values - normaliser[:, None]))
+
+
+def most_likely(logits: torch.Tensor, maxima: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of logits [N, V] and their tokens [N, k] int64, descending. maxima: [N, NB], of the blocks."""
+    if k * 4 > maxima.shape[1]:
+        return logits.topk(k, dim=-1)
+    # The k blocks with the largest maxima hold k tokens that no other token exceeds.
+    chosen = maxima.topk(k, dim=-1).indices.sort(dim=-1).values
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
+    values, place = _blocks(logits)[rows, chosen].flatten(1).topk(k, dim=-1)
+    return values, chosen.gather(1, place // BLOCK) * BLOCK + place % BLOCK
 
 
 @dataclass(frozen=True, slots=True)
