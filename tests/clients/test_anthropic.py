@@ -2,8 +2,12 @@
 
 import anthropic
 import pytest
+from actor import SPEECH, Actor
 from anthropic import beta_tool
+from hosting import listening, service
 from pydantic import BaseModel
+
+from octavo.engine.errors import CapacityError
 
 QUESTION = [{"role": "user", "content": "How is the weather in Paris and Oslo?"}]
 TOOL = {
@@ -151,10 +155,19 @@ async def test_the_asynchronous_client(server):
     assert final.stop_reason == "tool_use"
 
 
-def test_the_key_may_come_in_either_header(actor):
-    from actor import SPEECH
-    from hosting import listening, service
+def test_a_full_server_says_when_to_come_again():
+    full = Actor()
+    full.fail = CapacityError("Full.", 3)
+    with (
+        listening([service("actor", full, chat_template=SPEECH)]) as url,
+        anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client,
+        pytest.raises(anthropic.RateLimitError) as refused,
+    ):
+        client.messages.create(model="actor", max_tokens=500, messages=QUESTION)
+    assert refused.value.response.headers["retry-after"] == "3"
 
+
+def test_the_key_may_come_in_either_header(actor):
     with listening([service("actor", actor, chat_template=SPEECH, api_keys=("key",))]) as url:
         for given in ({"api_key": "key"}, {"auth_token": "key"}):
             client = anthropic.Anthropic(base_url=url, max_retries=0, **given)
