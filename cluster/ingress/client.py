@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from octavo.cluster.observability.traces import NO_JOURNEY, Journey
@@ -94,18 +95,13 @@ def merge(deltas: Sequence[TokenDelta]) -> TokenDelta:
     first, last = deltas[0], deltas[-1]
     if len(deltas) == 1:
         return first
-    return TokenDelta(
-        request_id=first.request_id,
-        index=first.index,
+    return replace(  # of the last one, what is not said here: how it ended, and whatever else comes with an end
+        last,
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
         prompt_logprobs=first.prompt_logprobs,
-        error=last.error,
         times=first.times,
-        pooled=last.pooled,
     )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -123,6 +124,11 @@ async def test_the_mailbox_merges_what_piles_up():
     assert (await waiting).token_ids == (15,)
     with pytest.raises(CapacityError):
         await box.take()
+
+
+def test_merging_keeps_how_it_ended():
+    last = TokenDelta("r", 0, (3,), finish_reason="stop", form_complete=True, pooled=b"x", error="e", error_param="p")
+    assert merge([TokenDelta("r", 0, (1,)), TokenDelta("r", 0, (2,)), last]) == replace(last, token_ids=(1, 2, 3))
 
 
 def test_merging_one_changes_nothing():
