@@ -13,19 +13,27 @@ from triton import knobs
 from octavo.kernels.triton.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.triton.attention import paged_attention
 from octavo.kernels.triton.cache import copy_blocks, write_kv
+from octavo.kernels.triton.draw import draw
+from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
+from octavo.kernels.triton.peaks import find_peaks
 from octavo.kernels.triton.rotary import rotary
+from octavo.kernels.triton.take_logprobs import take_logprobs
 
 __all__ = [
     "add_rms_norm",
     "available",
     "copy_blocks",
+    "draw",
+    "find_peaks",
     "gelu_tanh",
     "gelu_tanh_and_mul",
+    "mask_logits",
     "paged_attention",
     "rms_norm",
     "rotary",
     "silu_and_mul",
+    "take_logprobs",
     "write_kv",
 ]
 
