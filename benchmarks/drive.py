@@ -16,7 +16,7 @@ from metrics import Timing
 from octavo.engine.assets import tokenizer_of
 from octavo.engine.build import Engine, build_engine
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import StepPlan, StepResult
+from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
 from octavo.engine.process.masks import MaskSource
@@ -140,6 +140,9 @@ class _Watched:
     def launch(self, plan: StepPlan) -> None:
         self._plans.append(plan)
         self._process.launch(plan)
+
+    def constrain(self, masks: TokenMasks) -> None:
+        self._process.constrain(masks)
 
     def collect(self) -> StepResult:
         begin = time.perf_counter()

@@ -156,8 +156,7 @@ class _Writer:
 def _field(item: Any, name: str, kind: type, place: str) -> Any:
     value = item.get(name) if isinstance(item, dict) else None
     if not isinstance(value, kind):
-        words = {str: "a string", list: "a list"}
-        raise TagError(f"{name} must be {words[kind]} (at /{place})")
+        raise TagError(f"{name} must be {'a string' if kind is str else 'a list'} (at /{place})")
     return value
 
 

@@ -47,6 +47,5 @@ class _Bytes:
         self.tokens += [b""] * (size - len(self.tokens))
 
     def __call__(self, text: Any) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        plain = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        return self._tokenizer.encode(plain, add_special_tokens=False)

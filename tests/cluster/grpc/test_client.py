@@ -22,6 +22,7 @@ from octavo.cluster.ingress.client import ReplicaLost
 from octavo.cluster.machine import free_ports
 from octavo.engine.beam import Beams
 from octavo.engine.errors import CapacityError, NotFoundError, RequestError, StepError
+from octavo.engine.grammar.spec import StructuredOutputs
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -140,9 +141,26 @@ async def test_searches_are_asked_for(harness):
     assert engine.seen[1].params.logprob_token_ids == (5, 6)
 
 
+async def test_forms_are_asked_for(harness):
+    engine = harness.Client()
+    async with harness.serving(engine) as server:
+        for form in ({"json": {"type": "object"}}, {"choice": ["a", "b"]}, {"regex": "a+"}):
+            await server.client.generate("Hi", structured_outputs=form)
+        with pytest.raises(RequestError) as caught:
+            await server.client.generate("Hi", structured_outputs={"regex": "a("})
+    assert caught.value.param == "structured_outputs.regex"
+    assert [seen.params.structured_outputs for seen in engine.seen] == [
+        StructuredOutputs(json='{"type": "object"}'),
+        StructuredOutputs(choice=("a", "b")),
+        StructuredOutputs(regex="a+"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "field"),
     [
+        ("Hi", {"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
+        ("Hi", {"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
         ("Hi", {"tempreature": 1}, "tempreature"),
         ("Hi", {"temperature": "hot"}, "temperature"),
         ("Hi", {"n": -1}, "n"),
