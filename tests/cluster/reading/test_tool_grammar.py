@@ -138,6 +138,16 @@ def test_special_tokens_are_named_by_their_ids():
     assert matcher.is_accepting()
 
 
+def test_a_special_token_may_begin_calls_in_text():
+    source = grammar("mistral", tools("auto", strict=True), special_id={"[TOOL_CALLS]": 7}.get)
+    good, bad = '[{"name": "stop", "arguments": {}}]', '[{"name": "sand", "arguments": {}}]'
+    for call, fits in ((good, True), (bad, False)):
+        tokens = [*BYTES.tokenize_str("Wait.\n"), 7, *BYTES.tokenize_str(call)]
+        matcher = LLMatcher(BYTES, source)
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) == fits
+    assert takes(source, "No calls at all.")
+
+
 def test_keywords_that_no_grammar_has_are_left_to_the_tool():
     schema = {"type": "object", "properties": {"a": {"type": "string", "format": "uri-template"}, "b": {"not": {}}}}
     offered = tools_of(
