@@ -123,14 +123,14 @@ async def test_errors_as_the_client_raises_them(harness):
                 await api.chat.completions.create(model="scripted", messages=hi, temperature=-1)
             with pytest.raises(openai.BadRequestError) as later:
                 await api.chat.completions.create(
-                    model="scripted", messages=hi, response_format={"type": "json_object"}
+                    model="scripted", messages=hi, prediction={"type": "content", "content": "x"}
                 )
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as api:
             with pytest.raises(openai.AuthenticationError):
                 await api.models.list()
     assert missing.value.code == "model_not_found"
     assert bad.value.param == "temperature"
-    assert later.value.param == "response_format"
+    assert later.value.param == "prediction"
     assert "not supported yet" in str(later.value)
 
 
