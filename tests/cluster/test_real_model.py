@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import anthropic
 import httpx
 import openai
 import pytest
+from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
 from octavo.cluster import machine
@@ -123,6 +125,13 @@ class Report(BaseModel):
     sky: Literal["clear", "cloudy", "rainy"]
 
 
+class Sky(BaseModel):
+    """Nothing that Anthropic's client would leave out of the schema, as it does bounds."""
+
+    kind: Literal["clear", "cloudy", "rainy"]
+    is_bright: bool
+
+
 async def test_a_small_model_calls_tools_and_keeps_to_a_form_at_temperature_one(url):
     """It could do neither by itself. Conversations of two turns, side by side; half of them are streamed."""
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -153,6 +162,32 @@ async def test_a_small_model_calls_tools_and_keeps_to_a_form_at_temperature_one(
         assert isinstance(second.choices[0].message.parsed, Report)
 
     await asyncio.gather(*(talk(seed) for seed in range(4)))
+
+
+async def test_other_clients_have_their_calls_and_forms_too(url):
+    question = "What is the weather like in Paris?"
+    few = {"max_tokens": 400, "temperature": 1.0, "seed": 1}
+    anthropics = anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=120)
+    tool = {"name": "weather", "input_schema": Weather.model_json_schema()}
+    chain = ChatOpenAI(model="m", base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120, **few)
+    called, formed, chained, bound = await asyncio.gather(
+        anthropics.messages.create(
+            model="m",
+            max_tokens=400,
+            messages=[{"role": "user", "content": question}],
+            tools=[tool],
+            tool_choice={"type": "tool", "name": "weather"},
+        ),
+        anthropics.messages.parse(
+            model="m", max_tokens=400, messages=[{"role": "user", "content": question}], output_format=Sky
+        ),
+        chain.with_structured_output(Report).ainvoke(question),
+        chain.bind_tools([Weather], tool_choice="any", parallel_tool_calls=False).ainvoke(question),
+    )
+    assert Weather.model_validate(called.content[0].input)
+    assert isinstance(formed.parsed_output, Sky)
+    assert isinstance(chained, Report)
+    assert Weather.model_validate(bound.tool_calls[0]["args"])
 
 
 async def test_choices_expressions_and_schemas_that_cannot_be(url):
