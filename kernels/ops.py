@@ -149,6 +149,9 @@ class Linear(Protocol):
         Sums in float32. Weights of codes: x is rounded to 8 bits, symmetrically, one scale per row and group of the
         weight, as every engine of this field does on a CPU: q = round(x * 127 / max|x|), products of a group summed
         exactly. A row that is not finite gives a row that is not finite.
+
+        The body for GPUs rounds x as its engines do: with float8 weights to float8, with int8 weights as above, with
+        other codes not at all.
         """
 
 

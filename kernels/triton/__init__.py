@@ -14,6 +14,7 @@ from octavo.kernels.triton.activation import gelu_tanh, gelu_tanh_and_mul, silu_
 from octavo.kernels.triton.attention import paged_attention
 from octavo.kernels.triton.cache import copy_blocks, write_kv
 from octavo.kernels.triton.draw import draw
+from octavo.kernels.triton.linear import embedding, linear, pack_linear
 from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
 from octavo.kernels.triton.peaks import find_peaks
@@ -25,10 +26,13 @@ __all__ = [
     "available",
     "copy_blocks",
     "draw",
+    "embedding",
     "find_peaks",
     "gelu_tanh",
     "gelu_tanh_and_mul",
+    "linear",
     "mask_logits",
+    "pack_linear",
     "paged_attention",
     "rms_norm",
     "rotary",
