@@ -328,7 +328,7 @@ def _announce(
     console.print(start_up.table(infos))
     for model in config.models:
         info = infos[model.name]
-        blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens"
+        blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens" if info.pooling.is_causal else "no KV"
         weights = "" if info.quantization == "none" else f", {info.quantization} weights"
         pool = f", {model.num_replicas} replicas" if model.num_replicas > 1 else ""
         ranks = f" of {model.engine.num_ranks} ranks" if model.engine.num_ranks > 1 else ""

