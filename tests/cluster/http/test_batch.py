@@ -201,6 +201,29 @@ def test_files_that_cannot_be_used(files):
         Journal(target)
 
 
+def test_a_full_disk_leaves_no_half_line(files, monkeypatch):
+    _, target = files
+    record = {"id": "x", "custom_id": "a", "response": None, "error": None}
+    write_some = os.write
+    with Journal(target) as journal:
+        journal.append(record)
+        before = target.read_bytes()
+        calls = iter([lambda fd, data: write_some(fd, data[:7])])
+
+        def write(fd, data):
+            for call in calls:
+                return call(fd, data)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("octavo.cluster.batch.journal.os.write", write)
+        with pytest.raises(OSError, match="No space"):
+            journal.append({**record, "custom_id": "b"})
+        monkeypatch.undo()
+        assert target.read_bytes() == before
+        journal.append({**record, "custom_id": "c"})
+    assert [entry["custom_id"] for entry in read(target)] == ["a", "c"]
+
+
 def test_an_input_of_any_length_is_read_line_by_line(files, monkeypatch):
     source, _ = files
     monkeypatch.setattr(items, "MAX_LINE_BYTES", 1000)

@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
+from starlette.testclient import TestClient
 
 EXAMPLES = 14  # per operation
 LONGEST_S = 5.0
@@ -49,6 +50,8 @@ def exercise(operation, examples, **call):
 def test_every_operation_is_answered_as_the_document_says(app, harness):
     for operation in operations(app):
         exercise(operation, EXAMPLES)
+    answer = TestClient(app).post("/v1/completions", json={"prompt": "Hi"}).json()
+    assert answer["choices"][0]["text"] == "Hello, world"
 
 
 def test_over_a_socket_it_is_the_same(harness):
