@@ -21,7 +21,7 @@ serve: $(STAMP) ## serve the default model on http://localhost:8000
 	$(BIN)/octavo serve $(MODEL) $(ARGS)
 
 test: $(STAMP) ## all tests, in two workers
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff (lint, format) and mypy (engine/core, cluster)
 	$(BIN)/ruff check .

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # one core each: threads of several workers would wait for one another, spinning
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core each: threads of several workers would wait for one another, spinning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if shutil.which("nvidia-smi") is None:  # read when triton is imported, which some other test's import may do
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -53,6 +52,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "live" if _starts_clusters(config.rootpath / file) else file
 
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-n`, those that start clusters come first: they take the longest, and one worker does them all."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not _starts_clusters(item.path))
 
 
 @cache
