@@ -109,10 +109,10 @@ class EngineLoop:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            self._take(*self._inbox[0])
+            self._take(self._inbox[0][1])
             self._inbox.popleft()  # not before: what is in neither place, `submit` would not count
 
-    def _take(self, kind: str, item: Request | str) -> None:
+    def _take(self, item: Request | str) -> None:
         if isinstance(item, str):
             self._publish(self.core.abort(item))
             return
