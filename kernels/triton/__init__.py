@@ -19,6 +19,7 @@ from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
 from octavo.kernels.triton.peaks import find_peaks
 from octavo.kernels.triton.rotary import rotary
+from octavo.kernels.triton.row_attention import row_attention
 from octavo.kernels.triton.take_logprobs import take_logprobs
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary",
+    "row_attention",
     "silu_and_mul",
     "take_logprobs",
     "write_kv",

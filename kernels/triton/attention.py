@@ -11,7 +11,7 @@ which are bounds: larger than true they cost programs that end at once, as in a 
 Layout asked for: key and value caches of the same strides, blocks contiguous.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -30,30 +30,32 @@ PROCESSORS_OF_THE_INTERPRETER = 4
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """block_m: rows (queries × heads of a group) of a program, block_n: KV positions of a step. stages: of KV loads in
-    flight. programs: per processor, that the split of decode rows aims at."""
+    """block_m: rows (queries × heads of a group) of a program; block_n: KV positions of a step. ahead: steps whose KV
+    is on its way while one is computed. programs: per processor, that the split of decode rows aims at."""
 
     block_m: int
     block_n: int
     warps: int
-    stages: int
+    ahead: int
     programs: int = 0
 
+    @property
+    def stages(self) -> int:
+        """Of Triton's software pipeline: KV hangs on the block table, so that a step ahead is two loads ahead."""
+        return 2 * self.ahead + 1
 
-# (padded head size × bytes of a query's element up to, tile). Chosen by the shared memory and registers they take; to
-# be measured (benchmarks/gpu_attention.py --tune).
-DECODE = (
-    (128, Tile(16, 128, 4, 3, 4)),
-    (256, Tile(16, 64, 4, 3, 4)),
-    (512, Tile(16, 32, 4, 3, 4)),
-    (1024, Tile(16, 16, 4, 2, 4)),
-)
-PREFILL = (
-    (128, Tile(128, 64, 4, 3)),
-    (256, Tile(128, 64, 8, 3)),
-    (512, Tile(64, 32, 4, 2)),
-    (1024, Tile(32, 16, 4, 2)),
-)
+
+# Bytes of a query's element → (padded head size up to, tile). Chosen for compute capability 9.0 by what its compiler
+# says of registers and shared memory; not measured yet (benchmarks/gpu_attention.py --tune measures).
+Tiles = dict[int, tuple[tuple[int, Tile], ...]]
+DECODE: Tiles = {
+    2: ((64, Tile(16, 128, 4, 2, 4)), (128, Tile(16, 64, 4, 2, 4)), (256, Tile(16, 32, 4, 2, 4))),
+    4: ((64, Tile(16, 64, 4, 1, 4)), (128, Tile(16, 32, 4, 1, 4)), (256, Tile(16, 16, 4, 1, 4))),
+}
+PREFILL: Tiles = {
+    2: ((64, Tile(128, 64, 4, 2)), (128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 1))),
+    4: ((64, Tile(64, 32, 4, 1)), (128, Tile(64, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
+}
 
 
 @triton.jit
@@ -393,11 +395,11 @@ def paged_attention(
         "WINDOWED": window is not None,
         "CAPPED": soft_cap is not None,
     }
-    decode = _tile(DECODE, form["HEAD"] * query.itemsize, group)
+    decode = _tile(DECODE[query.itemsize], form["HEAD"], group)
     few = decode.block_m // group
     _decode(out, places, numbers, form, batch, decode, window)
     if batch.max_query_len > few:
-        _prefill(out, places, numbers, form, few + 1, _tile(PREFILL, form["HEAD"] * query.itemsize, group))
+        _prefill(out, places, numbers, form, few + 1, _tile(PREFILL[query.itemsize], form["HEAD"], group))
     return out
 
 
@@ -464,12 +466,10 @@ def _prefill(out, places, numbers, form, fewest: int, tile: Tile) -> None:  # ty
     )
 
 
-def _tile(tiles: tuple[tuple[int, Tile], ...], head_bytes: int, group: int) -> Tile:
-    """Of the table, its rows at least a group."""
-    found = next((tile for most, tile in tiles if head_bytes <= most), tiles[-1][1])
-    if group <= found.block_m:
-        return found
-    return Tile(triton.next_power_of_2(group), found.block_n, found.warps, found.stages, found.programs)
+def _tile(tiles: tuple[tuple[int, Tile], ...], head: int, group: int) -> Tile:
+    """The table's for this padded head size, its rows at least a group."""
+    found = next((tile for most, tile in tiles if head <= most), tiles[-1][1])
+    return found if group <= found.block_m else replace(found, block_m=triton.next_power_of_2(group))
 
 
 def _num_parts(programs: int, longest: int, tile: Tile, device: torch.device) -> int:

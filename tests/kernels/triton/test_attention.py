@@ -15,6 +15,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 Q8 = (torch.int8, torch.float8_e4m3fn)
 
+# In the interpreter: rows of a tile that are no query's divide nothing by nothing, and are not stored.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered")
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -85,49 +88,103 @@ def make_attention(
 ATTENTION = {
     # rows of (query, context); heads, kv heads, head size, block size; window, soft cap
     "one token": ([(1, 1)], 1, 1, 64, 16, None, None),
-    "a decode batch": ([(1, 5), (1, 16), (1, 17), (1, 130)], 9, 3, 64, 16, None, None),
-    "one whole block": ([(8, 8)], 4, 2, 64, 16, None, None),
-    "a prompt": ([(70, 70)], 9, 3, 64, 16, None, None),
-    "a chunk after a prefix": ([(33, 100)], 4, 4, 64, 16, None, None),
-    "a mixed step": ([(1, 40), (37, 37), (1, 1), (5, 64), (2, 130), (9, 9)], 6, 2, 80, 32, None, None),
+    "a decode batch": ([(1, 5), (1, 16), (1, 17), (1, 130)], 6, 2, 64, 16, None, None),
+    "one whole block": ([(16, 16)], 4, 2, 64, 16, None, None),
+    "a prompt": ([(70, 70)], 3, 1, 64, 16, None, None),
+    "a chunk after a prefix": ([(33, 100)], 2, 2, 64, 16, None, None),
+    "a mixed step": ([(1, 40), (37, 37), (1, 1), (6, 64), (2, 130), (9, 9)], 6, 2, 80, 32, None, None),
     "drafts": ([(4, 40), (1, 37), (3, 3), (2, 600)], 8, 2, 64, 16, None, None),
     "two queries and a window": ([(2, 90)], 4, 1, 64, 16, 7, None),
     "one KV head": ([(1, 77), (20, 77)], 12, 1, 128, 16, None, None),
     "more than 16 per group": ([(1, 40), (3, 35)], 20, 1, 64, 16, None, None),
-    "no grouping": ([(1, 77), (3, 77)], 2, 2, 96, 64, None, None),
+    "no grouping": ([(1, 77), (20, 77)], 1, 1, 96, 64, None, None),
     "seven per group": ([(1, 65), (9, 65)], 7, 1, 112, 128, None, None),
-    "head size 256": ([(1, 33), (40, 70)], 4, 2, 256, 16, None, None),
-    "head size 72": ([(1, 33), (20, 40)], 4, 2, 72, 24, None, None),
-    "head size 8": ([(1, 33), (20, 40)], 2, 2, 8, 8, None, None),
+    "head size 256": ([(1, 33), (40, 70)], 2, 1, 256, 16, None, None),
+    "head size 72": ([(1, 33), (20, 40)], 2, 1, 72, 24, None, None),
+    "head size 8": ([(1, 33), (20, 40)], 1, 1, 8, 8, None, None),
     "decode with a window": ([(1, 500), (1, 3), (1, 64)], 4, 2, 64, 16, 300, None),
-    "prefill with a window": ([(150, 200)], 2, 1, 64, 16, 16, None),
+    "prefill with a window": ([(90, 140)], 2, 1, 64, 16, 16, None),
     "a window of one": ([(1, 30), (20, 30)], 2, 1, 64, 16, 1, None),
-    "a soft cap": ([(1, 100), (40, 60)], 4, 2, 64, 16, None, 2.0),
-    "a window and a soft cap": ([(1, 150), (90, 150)], 4, 2, 64, 32, 32, 5.0),
-    "a long context, split": ([(1, 2100), (1, 700), (1, 10)], 3, 1, 64, 16, None, None),
-    "few queries, long context": ([(24, 1500)], 4, 1, 64, 128, None, None),
+    "a soft cap": ([(1, 100), (40, 60)], 2, 1, 64, 16, None, 2.0),
+    "a window and a soft cap": ([(1, 150), (90, 150)], 2, 1, 64, 32, 32, 5.0),
+    "a long context, split": ([(1, 2100), (1, 300), (1, 10)], 3, 1, 64, 16, None, None),
+    "few queries, long context": ([(24, 1000)], 2, 1, 64, 128, None, None),
 }
-TYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.int8),
-    (torch.bfloat16, torch.float8_e4m3fn),
-]
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), TYPES, ids=name)
-@pytest.mark.parametrize("case", ATTENTION)
-def test_paged_attention(dtype: torch.dtype, kv_dtype: torch.dtype, case: str) -> None:
+def check(case: str, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     *shape, window, soft_cap = ATTENTION[case]
     made = make_attention(*shape, dtype, kv_dtype)
     arguments = (*made, shape[3] ** -0.5, window, soft_cap)
     close(triton.paged_attention(*arguments), ref.paged_attention(*arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_paged_attention(case: str, dtype: torch.dtype) -> None:
+    check(case, dtype, dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", Q8, ids=name)
+@pytest.mark.parametrize("case", ["a mixed step", "a window and a soft cap", "a long context, split", "head size 72"])
+def test_paged_attention_over_8_bits(case: str, kv_dtype: torch.dtype) -> None:
+    check(case, torch.bfloat16, kv_dtype)
+
+
+@pytest.mark.parametrize("case", ["a mixed step", "a prompt"])
+def test_paged_attention_in_other_types(case: str) -> None:
+    check(case, torch.float16, torch.float16)
+    check(case, torch.float32, torch.bfloat16)
+    check(case, torch.float32, torch.int8)
+
+
+def test_paged_attention_of_a_padded_step() -> None:
+    """As a CUDA graph has it: maxima that are bounds, rows without queries at the end, tokens of no row."""
+    rows = [(1, 40), (6, 64), (2, 130)]
+    query, key_cache, value_cache, batch = make_attention(rows, 4, 2, 64, 16, torch.float32, torch.float32)
+    padded = AttentionBatch(
+        block_tables=torch.nn.functional.pad(batch.block_tables, (0, 30, 0, 2)),
+        query_start=torch.nn.functional.pad(batch.query_start, (0, 2), value=9),
+        context_lens=torch.nn.functional.pad(batch.context_lens, (0, 2), value=1),
+        slot_mapping=batch.slot_mapping,
+        max_query_len=16,
+        max_context_len=(1 << 31) - 1,
+    )
+    found = triton.paged_attention(query.repeat(2, 1, 1), key_cache, value_cache, padded, 0.125)
+    close(found[:9], ref.paged_attention(query, key_cache, value_cache, batch, 0.125))
+
+
+def test_paged_attention_survives_large_scores() -> None:
+    query, *rest = make_attention([(1, 70), (30, 70)], 2, 1, 64, 16, torch.float32, torch.float32)
+    close(triton.paged_attention(query * 100, *rest, 1.0), ref.paged_attention(query * 100, *rest, 1.0))
+
+
+def test_paged_attention_with_a_query_of_another_layout() -> None:
+    query, *rest = make_attention([(1, 9), (6, 20)], 4, 2, 64, 16, torch.float32, torch.float32)
+    expected = ref.paged_attention(query, *rest, 0.125)
+    for order in ((0, 1), (1, 2)):
+        close(triton.paged_attention(query.transpose(*order).contiguous().transpose(*order), *rest, 0.125), expected)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7, 7, 7), (1, 20, 64, 3, 70)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("head_size", [32, 80])
+def test_row_attention(head_size: int, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    """Equal to ref, and bit for bit what a row gives alone."""
+    batch, _ = make_batch([(length, length) for length in lengths], block_size=16)
+    fused = torch.randn(sum(lengths), 4 + 2 + 2, head_size, device=DEVICE).to(dtype)
+    query, key, value = fused.split((4, 2, 2), dim=1)
+    found = triton.row_attention(query, key, value, batch, 0.2)
+    close(found, ref.row_attention(query, key, value, batch, 0.2))
+    alone, _ = make_batch([(lengths[-1], lengths[-1])], block_size=16)
+    last = (x[-lengths[-1] :] for x in (query, key, value))
+    assert torch.equal(found[-lengths[-1] :], triton.row_attention(*last, alone, 0.2))
+
+
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, *Q8], ids=name)
-@pytest.mark.parametrize(("kv_heads", "head_size", "block_size"), [(3, 64, 16), (1, 80, 32), (2, 72, 128), (2, 12, 24)])
+@pytest.mark.parametrize(("kv_heads", "head_size", "block_size"), [(3, 64, 16), (1, 80, 128), (2, 12, 24)])
 def test_write_kv(kv_dtype: torch.dtype, kv_heads: int, head_size: int, block_size: int) -> None:
-    dtype, num_tokens, num_blocks = torch.bfloat16, 30, 5 + 30 // block_size
+    dtype, num_tokens, num_blocks = torch.bfloat16, 20, 5 + 20 // block_size
     fused = (torch.randn(num_tokens, 3 * kv_heads * head_size) * torch.rand(num_tokens, 1).pow(9)).to(DEVICE, dtype)
     _, key, value = fused.view(num_tokens, 3, kv_heads, head_size).unbind(1)
     slots = torch.randperm(num_blocks * block_size)[:num_tokens].to(DEVICE)

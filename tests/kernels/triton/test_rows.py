@@ -78,8 +78,8 @@ def test_gated_activations_keep_their_limits(name: str) -> None:
     torch.testing.assert_close(getattr(triton, name)(x), getattr(ref, name)(x), rtol=1e-5, atol=1e-9, equal_nan=True)
 
 
-@pytest.mark.parametrize(("head_size", "rotated"), [(64, 64), (128, 128), (80, 80), (64, 16), (96, 24), (256, 64)])
-@pytest.mark.parametrize("num_tokens", [0, 1, 20])
+@pytest.mark.parametrize(("head_size", "rotated"), [(64, 64), (80, 80), (96, 24), (256, 64)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
 def test_rotary(dtype: torch.dtype, num_tokens: int, head_size: int, rotated: int) -> None:
     fused, positions = randn(num_tokens, 6, head_size).to(dtype), torch.randint(0, 100, (num_tokens,), device=DEVICE)
     cos_sin = randn(100, rotated)
