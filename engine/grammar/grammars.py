@@ -100,7 +100,11 @@ class GrammarMatcher:
         self._matcher.consume_token(token)
 
     def forced(self) -> Sequence[int]:
-        return () if self._matcher.is_stopped() else self._matcher.compute_ff_tokens()
+        if self._matcher.is_stopped():
+            return ()
+        tokens = self._matcher.compute_ff_tokens()
+        # Some tokenizers put a space before a text that is cut by itself: what does not fit is not forced.
+        return tokens[: self._matcher.validate_tokens(tokens)] if tokens else ()
 
     def mask(self) -> bytes:
         return self._matcher.compute_bitmask()
