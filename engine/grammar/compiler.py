@@ -27,6 +27,9 @@ MAX_ERROR_CHARS = 400
 LIMITS = LLParserLimits(initial_lexer_fuel=200_000, verbose_errors=False)
 _DATA = ("const", "enum", "default", "examples", "example")  # keywords whose values are data, not schemas
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # from names to schemas
+# What few programs read of a format: leap seconds, which are valid at a few moments of history; digits without end.
+_TIME = r"^[^:]*:[^:]*:[0-5][0-9](\.[0-9]{1,9})?[zZ+-]"
+_NARROWER = {"date-time": _TIME, "time": _TIME, "duration": "^P([0-9]{1,8}[YMWDHS]|T)+$"}
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.+)")
 
 
@@ -79,7 +82,7 @@ def _compile_json(spec: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
     if not isinstance(schema, (dict, bool)):
         raise _refusal(spec, "a JSON Schema is an object, true or false")
     options = _json_options(spec)
-    _narrow_times(schema)
+    _narrow_formats(schema)
     if spec.disable_additional_properties:
         _close(schema)
     for _ in range(32):
@@ -143,11 +146,12 @@ def _close(schema: Any) -> None:
             part["additionalProperties"] = False
 
 
-def _narrow_times(schema: Any) -> None:
-    """A time with a leap second is one only at a few moments of history, and few programs read it: none. In place."""
+def _narrow_formats(schema: Any) -> None:
+    """In place."""
     for part in _parts(schema):
-        if part.get("format") in ("date-time", "time") and isinstance(part.setdefault("allOf", []), list):
-            part["allOf"].append({"pattern": "^[^:]*:[^:]*:[0-5]"})
+        pattern = _NARROWER.get(str(part.get("format")))
+        if pattern is not None and isinstance(part.setdefault("allOf", []), list):
+            part["allOf"].append({"pattern": pattern})
 
 
 def _drop_format(schema: Any, name: str) -> bool:
