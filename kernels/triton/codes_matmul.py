@@ -1,7 +1,8 @@
 """Products of rows with weights of 4- or 8-bit codes, which become numbers in registers: what AWQ, GPTQ and GGUF store.
 
 x is taken as it is. A step is of inputs of one group, so that its product is of the small whole numbers code - zero,
-exact in any type of x, and is scaled once, in float32. Contract: `octavo.kernels.ops.Linear`; layout: `pack`.
+exact in any type of x, and is scaled once, in float32. Weights are the left operand, as in `scaled_matmul`, which may
+come from registers. Contract: `octavo.kernels.ops.Linear`; layout: `pack`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _numbers(codes, ZERO: tl.constexpr, dtype: tl.constexpr):
 def _codes_matmul(
     out,  # [parts, rows, outputs]
     x,  # [rows, inputs], rows x_stride apart
-    codes,  # [inputs / 2 or inputs, outputs] uint8, as `pack` lays them out
+    codes,  # [outputs / PANEL, all_steps, PANEL, STEP] uint8
     scales,  # [groups, outputs]
     mins,  # [groups, outputs]
     bias,  # [outputs]
@@ -48,40 +49,42 @@ def _codes_matmul(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    PANEL: tl.constexpr,
     STEP: tl.constexpr,  # bytes along the inputs
 ):
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
     place = tl.arange(0, STEP)
-    here, there = (row < rows)[:, None], output < outputs
-    x_at = x + row.to(tl.int64)[:, None] * x_stride + place[None, :]
-    codes_at = codes + (part * steps * STEP + place).to(tl.int64)[:, None] * outputs + output[None, :]
+    there, here = output < outputs, (row < rows)[None, :]
+    tile = (output // PANEL).to(tl.int64) * all_steps + part * steps
+    codes_at = codes + (tile * PANEL + output % PANEL)[:, None] * STEP + place[None, :]
+    x_at = x + row.to(tl.int64)[None, :] * x_stride + place[:, None]
 
-    sums = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for step in range(part * steps, tl.minimum((part + 1) * steps, all_steps)):
-        stored = tl.load(codes_at, mask=there[None, :], other=0)
-        codes_at += STEP * outputs
+        stored = tl.load(codes_at, mask=there[:, None], other=0)
+        codes_at += PANEL * STEP
         if FOUR_BITS:
             low = tl.load(x_at + step * 2 * STEP, mask=here, other=0.0)
             high = tl.load(x_at + step * 2 * STEP + STEP, mask=here, other=0.0)
-            product = tl.dot(low, _numbers(stored & 15, ZERO, low.dtype), input_precision="ieee")
-            product = tl.dot(high, _numbers(stored >> 4, ZERO, low.dtype), product, input_precision="ieee")
+            product = tl.dot(_numbers(stored & 15, ZERO, low.dtype), low, input_precision="ieee")
+            product = tl.dot(_numbers(stored >> 4, ZERO, low.dtype), high, product, input_precision="ieee")
         else:
             low = tl.load(x_at + step * STEP, mask=here, other=0.0)
-            product = tl.dot(low, _numbers(stored, ZERO, low.dtype), input_precision="ieee")
+            product = tl.dot(_numbers(stored, ZERO, low.dtype), low, input_precision="ieee")
         at = step // STEPS_PER_GROUP * outputs + output
-        sums += product * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)[None, :]
+        sums += product * tl.load(scales + at, mask=there, other=0.0).to(tl.float32)[:, None]
         if HAS_MINS:
-            total = tl.sum(low.to(tl.float32), axis=1)
+            total = tl.sum(low.to(tl.float32), axis=0)
             if FOUR_BITS:
-                total += tl.sum(high.to(tl.float32), axis=1)
-            sums += total[:, None] * tl.load(mins + at, mask=there, other=0.0).to(tl.float32)[None, :]
+                total += tl.sum(high.to(tl.float32), axis=0)
+            sums += tl.load(mins + at, mask=there, other=0.0).to(tl.float32)[:, None] * total[None, :]
 
     if HAS_BIAS:
-        sums += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)[None, :]
-    at = (part * rows + row).to(tl.int64)[:, None] * outputs + output[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=here & there[None, :])
+        sums += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)[:, None]
+    at = (part * rows + row).to(tl.int64)[None, :] * outputs + output[:, None]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=there[:, None] & here)
 
 
 def codes_matmul(
@@ -90,17 +93,17 @@ def codes_matmul(
     scales: torch.Tensor,
     mins: torch.Tensor | None,
     zero: int,
-    step: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x [T, K] @ weight [N, K]ᵀ + bias [N] → [T, N] in x's dtype.
 
-    codes: [K / 2, N] uint8, of every `step` inputs the first half below, the second above; or [K, N], 8-bit codes.
-    scales, mins: [G, N] float16 or float32. step: a power of two, at least 16 (of 4 bits, 32), divides K / G.
+    codes: as `pack.Codes` says, in steps of a power of two inputs, at least 16 (of 4 bits, 32), that divides K / G.
+    scales, mins: [G, N] float16 or float32.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
     (rows, inputs), (groups, outputs) = x.shape, scales.shape
-    four_bits = len(codes) != inputs
+    step = inputs // codes.shape[1]
+    four_bits = codes.shape[3] != step
     part = cut(TILES, rows, outputs, inputs // step, x.device)
     whole = part.parts == 1
     out = torch.empty(part.parts, rows, outputs, dtype=x.dtype if whole else torch.float32, device=x.device)
@@ -124,7 +127,8 @@ def codes_matmul(
         HAS_BIAS=has_bias,
         ROWS=part.tile.rows,
         OUTPUTS=part.tile.outputs,
-        STEP=step // 2 if four_bits else step,
+        PANEL=codes.shape[2],
+        STEP=codes.shape[3],
         num_warps=part.tile.warps,
         num_stages=part.tile.stages,
     )

@@ -109,8 +109,8 @@ def _collect(
     count = tl.full([], 0, tl.int32)
     for first in range(0, held, BLOCKS):
         which = first + tl.arange(0, BLOCKS)
-        block = tl.load(places + which, mask=which < held, other=blocks)
-        token = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        chosen = tl.load(places + which, mask=which < held, other=blocks)
+        token = chosen[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         x = tl.reshape(tl.load(logits + token, mask=token < vocab, other=-float("inf")), [BLOCKS * BLOCK])
         kept = (gaps_of(x, top) <= bound).to(tl.int32)
         tl.store(found + count + tl.cumsum(kept) - kept, x, mask=kept > 0)

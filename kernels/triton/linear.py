@@ -56,8 +56,8 @@ def _multiply(x: torch.Tensor, section: Section, bias: torch.Tensor | None) -> t
         x = x[:, section.order]
     if isinstance(section, Codes):
         if not x.numel():
-            return x.new_empty(len(x), section.codes.shape[1])
-        return codes_matmul(x, section.codes, section.scales, section.mins, section.zero, section.step, bias)
+            return x.new_empty(len(x), section.scales.shape[1])
+        return codes_matmul(x, section.codes, section.scales, section.mins, section.zero, bias)
     if not x.numel():
         return x.new_empty(len(x), len(section.values))
     if x.dtype == torch.float32 and section.values.dtype == torch.float8_e4m3fn:

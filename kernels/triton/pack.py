@@ -2,7 +2,7 @@
 
     Numbers    floats: torch's own matmul. Also formats whose groups no kernel takes: they become bfloat16.
     Scaled8    float8 e4m3, or 8-bit codes around 128 as int8: scaled_matmul, x rounded to the same 8 bits.
-    Codes      other codes: codes_matmul, x as it is. Along the outputs, so that programs read whole lines of memory.
+    Codes      other codes: codes_matmul, x as it is. In panels, of which a program reads one stream of memory.
 
 Knows the layout alone; who multiplies is `linear`.
 """
@@ -18,6 +18,7 @@ from octavo.kernels.matrix import Matrix
 
 SHARED = 128  # outputs of a block of float8 e4m3 weights that has one scale
 STEPS = (128, 64, 32, 16)  # inputs
+PANEL = 64  # outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Scaled8:
 class Codes:
     """w[k, n] = scales[k // group_size, n] * (code - zero) + mins[k // group_size, n].
 
-    codes: [K, N] uint8; of 4 bits [K / 2, N]: of every `step` inputs the first half below, the second half above.
+    codes: [N / PANEL, K / step, PANEL, step] uint8, outputs filled up with codes of 0; of 4 bits
+    [N / PANEL, K / step, PANEL, step / 2]: the first half of a step's inputs below, the second above.
     scales, mins: [G, N] float16 or float32. order: as Scaled8's.
     """
 
@@ -77,7 +79,6 @@ class Codes:
     mins: Tensor | None
     zero: int
     bits: int
-    step: int
     order: Tensor | None
 
     @property
@@ -85,15 +86,14 @@ class Codes:
         return sum(part.nbytes for part in (self.codes, self.scales, self.mins) if part is not None)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        codes = self.codes[:, ids]
+        codes = self.codes[ids // PANEL, :, ids % PANEL]  # [T, steps, bytes]
         if self.bits == 4:
-            halves = codes.unflatten(0, (-1, self.step // 2))
-            codes = torch.cat((halves & 15, halves >> 4), dim=1).flatten(0, 1)
-        numbers = (codes.float() - self.zero).unflatten(0, (len(self.scales), -1))
-        numbers *= self.scales[:, ids].float().unsqueeze(1)
+            codes = torch.cat((codes & 15, codes >> 4), dim=2)
+        numbers = (codes.flatten(1).float() - self.zero).unflatten(1, (len(self.scales), -1))
+        numbers *= self.scales[:, ids].t().float().unsqueeze(2)
         if self.mins is not None:
-            numbers += self.mins[:, ids].float().unsqueeze(1)
-        return _in_order(numbers.flatten(0, 1).t(), self.order).to(dtype)
+            numbers += self.mins[:, ids].t().float().unsqueeze(2)
+        return _in_order(numbers.flatten(1), self.order).to(dtype)
 
 
 Section = Numbers | Scaled8 | Codes
@@ -113,13 +113,13 @@ def pack(matrix: Matrix) -> Section:
     step = next((step for step in STEPS if step >= least and size % step == 0), None)
     if matrix.values.dtype != torch.uint8 or step is None:
         return Numbers(matrix.dequantize(torch.bfloat16))
-    codes = matrix.values.t()
+    codes = torch.nn.functional.pad(matrix.values, (0, 0, 0, -len(matrix.values) % PANEL))
+    codes = codes.view(len(codes) // PANEL, PANEL, -1, step).transpose(1, 2)
     if matrix.bits == 4:
-        halves = codes.unflatten(0, (-1, 2, step // 2))
-        codes = (halves[:, 0] | halves[:, 1] << 4).flatten(0, 1)
+        codes = codes[..., : step // 2] | codes[..., step // 2 :] << 4
     scales, mins = (None if part is None else part.t().contiguous() for part in (matrix.scales, matrix.mins))
     assert scales is not None
-    return Codes(codes.contiguous(), scales, mins, matrix.zero, matrix.bits, step, matrix.inputs)
+    return Codes(codes.contiguous(), scales, mins, matrix.zero, matrix.bits, matrix.inputs)
 
 
 def _shared(scales: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Products of 8-bit rows with 8-bit weights: float8 e4m3 or int8, summed by the tensor cores and scaled as they go.
 
 One scale per row and output for all inputs, or per group of inputs; then the product of a group is scaled before it is
-added. Contract: `octavo.kernels.ops.Linear`.
+added. Weights are the left operand, [outputs, inputs] @ [inputs, rows]: the tensor cores take at least 64 rows of that
+one and as few as 8 columns of the other, so that few rows of x waste nothing. Contract: `octavo.kernels.ops.Linear`.
 """
 
 from __future__ import annotations
@@ -47,26 +48,26 @@ def _scaled_matmul(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
     place = tl.arange(0, STEP)
-    here, there = (row < rows)[:, None], (output < outputs)[None, :]
-    x_at = x + row.to(tl.int64)[:, None] * inputs + place[None, :]
-    weight_at = weight + output.to(tl.int64)[None, :] * inputs + place[:, None]
+    there, here = (output < outputs)[:, None], (row < rows)[None, :]
+    weight_at = weight + output.to(tl.int64)[:, None] * inputs + place[None, :]
+    x_at = x + row.to(tl.int64)[None, :] * inputs + place[:, None]
     summed_in = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     scale_at = output // SHARED * groups
 
-    sums = tl.zeros([ROWS, OUTPUTS], tl.float32 if STEPS_PER_GROUP else summed_in)
+    sums = tl.zeros([OUTPUTS, ROWS], tl.float32 if STEPS_PER_GROUP else summed_in)
     for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(inputs, STEP))):
         first = step * STEP
         if WHOLE_STEPS:
-            a = tl.load(x_at + first, mask=here, other=0.0)
-            b = tl.load(weight_at + first, mask=there, other=0.0)
+            a = tl.load(weight_at + first, mask=there, other=0.0)
+            b = tl.load(x_at + first, mask=here, other=0.0)
         else:
-            a = tl.load(x_at + first, mask=here & (first + place < inputs)[None, :], other=0.0)
-            b = tl.load(weight_at + first, mask=there & (first + place < inputs)[:, None], other=0.0)
+            a = tl.load(weight_at + first, mask=there & (first + place < inputs)[None, :], other=0.0)
+            b = tl.load(x_at + first, mask=here & (first + place < inputs)[:, None], other=0.0)
         if STEPS_PER_GROUP:
             group = step // STEPS_PER_GROUP
-            x_scale = tl.load(x_scales + row * groups + group, mask=row < rows, other=0.0)
             scale = tl.load(weight_scales + scale_at + group, mask=output < outputs, other=0.0)
-            sums += tl.dot(a, b, out_dtype=summed_in).to(tl.float32) * x_scale[:, None] * scale[None, :]
+            x_scale = tl.load(x_scales + row * groups + group, mask=row < rows, other=0.0)
+            sums += tl.dot(a, b, out_dtype=summed_in).to(tl.float32) * scale[:, None] * x_scale[None, :]
         else:
             # Hopper's sums of float8 products have few bits until they are added to float32.
             sums = tl.dot(a, b, sums, out_dtype=summed_in, max_num_imprecise_acc=STEP)
@@ -74,11 +75,11 @@ def _scaled_matmul(
     result = sums.to(tl.float32)
     if not STEPS_PER_GROUP:
         x_scale = tl.load(x_scales + row, mask=row < rows, other=0.0)
-        result *= x_scale[:, None] * tl.load(weight_scales + scale_at, mask=output < outputs, other=0.0)[None, :]
+        result *= tl.load(weight_scales + scale_at, mask=output < outputs, other=0.0)[:, None] * x_scale[None, :]
     if HAS_BIAS:
-        result += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
-    at = (part * rows + row).to(tl.int64)[:, None] * outputs + output[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=here & there)
+        result += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
+    at = (part * rows + row).to(tl.int64)[None, :] * outputs + output[:, None]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=there & here)
 
 
 def scaled_matmul(
