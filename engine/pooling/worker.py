@@ -76,7 +76,8 @@ class Pooler:
         finished = [
             self._finish(sequence.params, vector) for sequence, vector in zip(ended.values(), vectors, strict=True)
         ]
-        on_host = torch.cat(finished).cpu().split([len(vector) for vector in finished])  # a device is waited for once
+        sizes = [len(vector) for vector in finished]
+        on_host = torch.split(torch.cat(finished).cpu(), sizes)  # a device is waited for once
         return {place: _result(values) for place, values in zip(ended, on_host, strict=True)}
 
     def _take(self, sequence: _Pooled, row: Row, hidden: torch.Tensor) -> None:
