@@ -57,7 +57,7 @@ class Answerer:
                 return Reply(400, "", {"error": {"message": str(error), "type": "invalid_request_error"}})
             else:
                 if response.status_code not in RETRIED:
-                    return Reply(response.status_code, response.headers.get("x-request-id", ""), _body(response))
+                    return Reply(response.status_code, response.headers.get("request-id", ""), _body(response))
                 refused = f"status {response.status_code} after {attempt + 1} attempts"
                 if attempt >= self.retries:
                     raise Unanswered(refused)
