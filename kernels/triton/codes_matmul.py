@@ -15,9 +15,9 @@ from octavo.kernels.triton.splits import Tile, add_parts, cut
 
 # (most rows, tile): to be tuned on an H100 and an H200.
 TILES = (
-    (16, Tile(16, 128, 4, 4)),
+    (16, Tile(16, 64, 4, 5)),
     (32, Tile(32, 128, 4, 4)),
-    (64, Tile(64, 128, 4, 3)),
+    (64, Tile(64, 128, 8, 3)),
     (1 << 40, Tile(128, 128, 8, 3)),
 )
 
