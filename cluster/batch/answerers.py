@@ -57,7 +57,7 @@ class Answerer:
                 return Reply(400, "", {"error": {"message": str(error), "type": "invalid_request_error"}})
             else:
                 if response.status_code not in RETRIED:
-                    return Reply(response.status_code, response.headers.get("request-id", ""), _body(response))
+                    return Reply(response.status_code, _id_of(response), _body(response))
                 refused = f"status {response.status_code} after {attempt + 1} attempts"
                 if attempt >= self.retries:
                     raise Unanswered(refused)
@@ -114,6 +114,11 @@ def _build(config: DeploymentConfig) -> tuple[Any, Any]:
 
     client = LocalEngineClient(built.info, start)
     return create_app([Service(settings, client, tokenizer)]), loops[0]
+
+
+def _id_of(response: httpx.Response) -> str:
+    """octavo's own header comes first: Ray Serve may send the other one a second time."""
+    return str(response.headers.get("request-id") or response.headers.get("x-request-id", ""))
 
 
 def _body(response: httpx.Response) -> Any:
