@@ -7,15 +7,15 @@ round. The engines take turns, batch by batch, each in a process of its own; eac
 sentence-transformers gets the whole batch at once, sorts it by length and pads it; transformers pads it as it is and
 takes the mean, which is what a program without either does.
 
-Columns: texts/s and tokens/s = of the median of the faster half of the rounds; octavo ÷ it = above 1 where octavo (in
-float32) is faster; least cosine and largest difference = beside sentence-transformers' vectors, over all rounds.
+Columns: texts/s = of the median of the faster half of the rounds; CPU ms = processor time per text, the median of all
+rounds, which other programs disturb less; both ratios are above 1 where octavo (in float32) does better; least cosine
+and largest difference = beside sentence-transformers' vectors, over all rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import multiprocessing
 import re
 import time
@@ -47,7 +47,7 @@ class Result:
     engine: str
     batch: int
     texts_per_s: float
-    tokens_per_s: float
+    cpu_s: float  # per text
     agreement: float
     difference: float
 
@@ -99,27 +99,28 @@ def make(engine: str, folder: Path) -> Embed:
     return octavo(folder, **options.get(engine, {}))
 
 
-def work(connection: Connection, engine: str, folder: Path) -> None:
-    """Answers lists of texts with (vectors, seconds), until there is None."""
+def work(connection: Connection, engine: str, folder: Path, threads: int) -> None:
+    """Answers lists of texts with (vectors, seconds, CPU seconds), until there is None."""
+    torch.set_num_threads(threads)
     embed = make(engine, folder)
     while (texts := connection.recv()) is not None:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         vectors = embed(texts)
-        connection.send((vectors, time.perf_counter() - started))
+        connection.send((vectors, time.perf_counter() - started, time.process_time() - cpu_started))
 
 
 class Worker:
     """An engine in a process of its own: OpenMP workers of one would slow another one down."""
 
-    def __init__(self, engine: str, folder: Path) -> None:
+    def __init__(self, engine: str, folder: Path, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, engine, folder), daemon=True)
+        self._process = context.Process(target=work, args=(theirs, engine, folder, threads), daemon=True)
         self._process.start()
 
-    def __call__(self, texts: list[str]) -> tuple[Vectors, float]:
+    def __call__(self, texts: list[str]) -> tuple[Vectors, float, float]:
         self._connection.send(texts)
-        answer: tuple[Vectors, float] = self._connection.recv()
+        answer: tuple[Vectors, float, float] = self._connection.recv()
         return answer
 
     def close(self) -> None:
@@ -128,27 +129,28 @@ class Worker:
 
 
 def measure(workers: Mapping[str, Worker], batches: Sequence[list[str]], num_tokens: Sequence[int]) -> list[Result]:
-    """Batch after batch, every engine in turn on the same texts."""
+    """Batch after batch, every engine in turn on the same texts. Times are per token, since batches differ."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
+    cpu: dict[str, list[float]] = {name: [] for name in workers}
     agreement, difference = dict.fromkeys(workers, 1.0), dict.fromkeys(workers, 0.0)
     for texts, tokens in zip(batches, num_tokens, strict=True):
         found: dict[str, Vectors] = {}
         for name, worker in workers.items():
-            found[name], took_s = worker(texts)
+            found[name], took_s, cpu_s = worker(texts)
             seconds[name].append(took_s / tokens)
+            cpu[name].append(cpu_s / tokens)
         reference = found.get("sentence-transformers", next(iter(found.values())))
         for name, vectors in found.items():
             agreement[name] = min(agreement[name], float((vectors * reference).sum(axis=1).min()))
             difference[name] = max(difference[name], float(np.abs(vectors - reference).max()))
     per_text = sum(num_tokens) / sum(map(len, batches))
 
-    def rate(times: list[float]) -> float:
-        return 1 / median(sorted(times)[: max(1, len(times) // 2)])
+    def result(name: str) -> Result:
+        fast_s = median(sorted(seconds[name])[: max(1, len(batches) // 2)])
+        speed, cpu_s = 1 / (fast_s * per_text), median(cpu[name]) * per_text
+        return Result(name, len(batches[0]), speed, cpu_s, agreement[name], difference[name])
 
-    return [
-        Result(name, len(batches[0]), rate(times) / per_text, rate(times), agreement[name], difference[name])
-        for name, times in seconds.items()
-    ]
+    return [result(name) for name in workers]
 
 
 def main() -> None:
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--model", default="all-minilm-l6-v2", help="folder or preset of a sentence-transformers model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 256], help="texts per call")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each engine")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--text", type=Path, default=Path(__file__).parent / "data" / "alice.txt")
     parser.add_argument("--output", type=Path)
@@ -163,7 +166,7 @@ def main() -> None:
     folder = resolve_model(options.model).path
     texts, tokenizer = sentences(options.text), load_tokenizer(folder)
     lengths = {text: min(256, len(tokenizer.encode(text))) for text in texts}
-    workers = {name: Worker(name, folder) for name in options.engines}
+    workers = {name: Worker(name, folder, options.threads) for name in options.engines}
     for worker in workers.values():
         worker(texts[:64])
     results: list[Result] = []
@@ -173,14 +176,24 @@ def main() -> None:
         results += measure(workers, batches, [sum(lengths[text] for text in batch) for batch in batches])
     for worker in workers.values():
         worker.close()
-    rows = table(
-        ("batch", "engine", "texts/s", "tokens/s", "octavo ÷ it", "least cosine", "largest difference"), left=2
+    columns = (
+        "batch",
+        "engine",
+        "texts/s",
+        "octavo ÷ it",
+        "CPU ms",
+        "it ÷ octavo",
+        "least cosine",
+        "largest difference",
     )
-    speeds = {(result.engine, result.batch): result.texts_per_s for result in results}
+    rows = table(columns, left=2)
+    by_name = {(result.engine, result.batch): result for result in results}
     for result in results:
-        ours = speeds.get(("octavo", result.batch), math.nan)
-        cells = (f"{result.texts_per_s:.0f}", f"{result.tokens_per_s:.0f}", f"{ours / result.texts_per_s:.2f}")
-        rows.add_row(str(result.batch), result.engine, *cells, f"{result.agreement:.6f}", f"{result.difference:.1e}")
+        ours = by_name.get(("octavo", result.batch), result)
+        speed = f"{result.texts_per_s:.0f}", f"{ours.texts_per_s / result.texts_per_s:.2f}"
+        cpu = f"{result.cpu_s * 1e3:.2f}", f"{result.cpu_s / ours.cpu_s:.2f}"
+        near = f"{result.agreement:.6f}", f"{result.difference:.1e}"
+        rows.add_row(str(result.batch), result.engine, *speed, *cpu, *near)
     show(f"Embeddings of {len(texts)} sentences, {options.model}", rows)
     save("embeddings", vars(options), [asdict(result) for result in results], options.output)
 
