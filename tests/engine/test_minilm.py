@@ -81,6 +81,33 @@ def test_scores_are_cosines(llm):
     np.testing.assert_allclose(scores, vectors[1:] @ vectors[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", [None, "torch.nn.modules.linear.Identity"])
+def test_a_cross_encoder_scores_like_sentence_transformers(minilm, tmp_path, activation):
+    """Random weights behind the real tokenizer: pairs, their token types, cutting of the longer text, activation."""
+    import torch
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_labels=1)
+    model = BertForSequenceClassification(config)
+    for parameter in model.parameters():
+        parameter.data += 0.15 * torch.randn(parameter.shape)
+    if activation is not None:
+        model.config.sentence_transformers = {"activation_fn": activation}
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(minilm).save_pretrained(tmp_path)
+    query, texts = FACTS[0][0] * 3, [*(answer for _, answer in FACTS), "long " * 600, "", "🙂"]
+    wanted = CrossEncoder(str(tmp_path), device="cpu", max_length=512).predict([(query, text) for text in texts])
+    llm = LLM(str(tmp_path), max_model_len=512)
+    try:
+        found = [each.outputs.score for each in llm.score(query, texts, use_tqdm=False, truncate_prompt_tokens=-1)]
+    finally:
+        llm.close()
+    assert np.std(wanted) > 0.01
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_int8_weights_stay_close(minilm, llm):
     texts = [text for fact in FACTS for text in fact]
     small = LLM(str(minilm), quantization="int8")
