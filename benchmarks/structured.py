@@ -7,9 +7,10 @@ plain rows ignore the end token. In each round every kind of batch runs once, in
 median over the rounds is shown, so that what else the machine does falls on all alike.
 
 Columns: plain = no row has a form; half, all = so many have one, of several kinds; no jumps = forced tokens are drawn
-one by one. of plain = tokens per second against the plain batch of the same round; step = median turn of the loop
-in which every row got one token. Below: per form, compiling it (the first time, away from the steps), and per row and
-token, following it and making the mask (while the model runs).
+one by one. of plain = against the plain batch of the same round; step = median turn of the loop in which every row got
+a token; CPU = of all threads, which what else the machine does changes least (with OMP_NUM_THREADS=1, where nobody
+spins). Below: per form, compiling it (away from the steps), and per row and token, following it and making the mask
+(while the model runs).
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ KINDS = (
 @dataclass(frozen=True, slots=True)
 class Run:
     seconds: float
+    cpu_s: float  # of all threads
     step_s: float
     steps: int
     tokens: int
@@ -113,6 +115,7 @@ def run(core: EngineCore, kind: Kind, prompts: Sequence[Sequence[int]], output_l
     core.prepare(requests)
     tokens, turns = 0, []
     with jumps(kind.jumps):
+        cpu_began = time.process_time()
         began = turn = time.perf_counter()
         for request in requests:
             core.add(request)
@@ -122,7 +125,7 @@ def run(core: EngineCore, kind: Kind, prompts: Sequence[Sequence[int]], output_l
             if len(got) == len(requests):
                 turns.append(now - turn)
             tokens, turn = tokens + sum(got), now
-    return Run(turn - began, median(turns), len(turns), tokens)
+    return Run(turn - began, time.process_time() - cpu_began, median(turns), len(turns), tokens)
 
 
 def compare(core: EngineCore, args: argparse.Namespace) -> dict[str, Any]:
@@ -136,19 +139,21 @@ def compare(core: EngineCore, args: argparse.Namespace) -> dict[str, Any]:
                 {kind.name: run(core, kind, prompts, args.output_len, f"{number}-{kind.name}") for kind in order}
             )
     del rounds[0]
-    found = table(["batch", "tokens/s", "of plain", "least, most", "step", "of plain", "steps"])
+    found = table(["batch", "tokens/s", "of plain", "least, most", "step", "of plain", "CPU of plain"])
     results = {}
     for kind in KINDS:
         runs = [by_kind[kind.name] for by_kind in rounds]
         speeds = [by_kind[kind.name].tps / by_kind["plain"].tps for by_kind in rounds]
         turns = [by_kind[kind.name].step_s / by_kind["plain"].step_s for by_kind in rounds]
+        cpu = [by_kind[kind.name].cpu_s / by_kind["plain"].cpu_s for by_kind in rounds]
         step_ms = 1000 * median(r.step_s for r in runs)
         found.add_row(
             *(kind.name, f"{median(r.tps for r in runs):,.1f}", f"{median(speeds):.1%}"),
             *(f"{min(speeds):.0%}, {max(speeds):.0%}", f"{step_ms:.2f} ms", f"{median(turns):.1%}"),
-            str(round(median(r.steps for r in runs))),
+            f"{median(cpu):.1%}",
         )
-        results[kind.name] = {"speed_ratios": speeds, "step_ratios": turns, "runs": [asdict(r) for r in runs]}
+        ratios = {"speed_ratios": speeds, "step_ratios": turns, "cpu_ratios": cpu}
+        results[kind.name] = {**ratios, "runs": [asdict(r) for r in runs]}
     show(f"{args.model}: n = {args.n}, {args.output_len} tokens each, {args.rounds} rounds", found)
     return results
 
