@@ -1,0 +1,242 @@
+"""Matmuls of quantized weights on a GPU: python benchmarks/gpu_matmul.py [--interpret]
+
+The shapes of Llama-3.1-8B's layers, for decoding (few rows) and for prefill (many). Every product is compared with the
+product of the very numbers that it multiplies before it is timed. TFLOP/s are beside those of torch.matmul in bfloat16
+on the same shape, GB/s of weights beside what a copy on the same device reads and writes. Times are medians of replays
+of a CUDA graph over copies of the weight that do not fit into the L2 cache together.
+
+--interpret: small shapes in Triton's interpreter, on a CPU, to see that all of it runs; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+if "--interpret" in sys.argv:  # read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import torch.nn.functional as F
+from report import save, show, table
+
+from octavo.kernels.matrix import Matrix
+from octavo.kernels.triton.grouped_matmul import grouped_linear
+from octavo.kernels.triton.linear import linear, pack_linear
+from octavo.kernels.triton.quantize_rows import quantize_rows
+
+Shape = tuple[int, int]
+LAYERS: dict[str, Shape] = {  # (outputs, inputs)
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate, up": (28672, 4096),
+    "down": (4096, 14336),
+}
+ROWS = (1, 16, 64, 4096)
+SMALL: dict[str, Shape] = {"small": (192, 256)}
+SMALL_ROWS = (1, 20)
+EXPERTS, CHOSEN = (4, 2) if "--interpret" in sys.argv else (32, 4)  # of the grouped product
+L2_BYTES = 256 << 20  # more than any L2 cache holds
+# The interpreter multiplies the bits of bfloat16, not the numbers.
+DTYPE = torch.float16 if "--interpret" in sys.argv else torch.bfloat16
+
+
+def float8(outputs: int, inputs: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(outputs, inputs, device=device).to(torch.float8_e4m3fn)
+
+
+def codes(outputs: int, inputs: int, bits: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8, device=device)
+
+
+def scales(outputs: int, groups: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(outputs, groups, device=device) * 0.01 + 0.001
+
+
+def in_blocks(outputs: int, inputs: int, device: torch.device) -> Matrix:
+    of_blocks = scales(-(-outputs // 128), inputs // 128, device).repeat_interleave(128, dim=0)[:outputs]
+    return Matrix(float8(outputs, inputs, device), 8, 128, of_blocks)
+
+
+def int8(outputs: int, inputs: int, device: torch.device) -> Matrix:
+    return Matrix(codes(outputs, inputs, 8, device), 8, inputs, scales(outputs, 1, device), None, 128)
+
+
+def awq(outputs: int, inputs: int, device: torch.device) -> Matrix:
+    of_groups = scales(outputs, inputs // 128, device).half()
+    return Matrix(codes(outputs, inputs, 4, device), 4, 128, of_groups, -7 * of_groups)
+
+
+def gptq(outputs: int, inputs: int, device: torch.device) -> Matrix:
+    return Matrix(codes(outputs, inputs, 4, device), 4, 128, scales(outputs, inputs // 128, device).half(), None, 8)
+
+
+FORMS: dict[str, Callable[[int, int, torch.device], Matrix]] = {
+    "fp8 per output": lambda n, k, device: Matrix(float8(n, k, device), 8, k, scales(n, 1, device)),
+    "fp8 128×128": in_blocks,
+    "int8 per output": int8,
+    "AWQ 128": awq,
+    "GPTQ 128": gptq,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One line of the table. seconds: of a product, the rounding of x included. weight_bytes: read by it."""
+
+    what: str
+    layer: str
+    rows: int
+    seconds: float
+    flops: float
+    weight_bytes: int
+    plain_seconds: float  # torch.matmul in bfloat16
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.seconds / 1e12
+
+    @property
+    def gbytes(self) -> float:
+        return self.weight_bytes / self.seconds / 1e9
+
+
+def check(x: torch.Tensor, matrix: Matrix) -> None:
+    """Raises AssertionError unless `linear` is the product of the numbers that it multiplies, to the last bit."""
+    numbers = x.float()
+    if matrix.bits == 8:
+        kind = torch.float8_e4m3fn if matrix.values.dtype == torch.float8_e4m3fn else torch.int8
+        values, of_groups = quantize_rows(x, matrix.group_size, kind)
+        numbers = (values.float().unflatten(1, (-1, matrix.group_size)) * of_groups.unsqueeze(2)).flatten(1)
+    expected = numbers.double() @ matrix.dequantize().double().T
+    error = (linear(x, pack_linear([matrix])).double() - expected).abs().amax(dim=1)
+    assert (error <= 2**-7 * expected.abs().amax(dim=1)).all(), f"error {error.max():.3g}"
+
+
+def check_experts(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> None:
+    from octavo.kernels.ref import experts
+
+    actual, expected = grouped_linear(x, weights, offsets), experts.grouped_linear(x, weights, offsets)
+    assert ((actual - expected).abs().amax(dim=1) <= 2**-7 * expected.abs().amax(dim=1)).all()
+
+
+def seconds_of(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Median time of a call. All calls make one graph, so that no launch is waited for."""
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        calls[0]()
+        return time.perf_counter() - begin
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def measure_layer(layer: str, shape: Shape, rows: int, device: torch.device, repeats: int) -> list[Measured]:
+    outputs, inputs = shape
+    x = torch.randn(rows, inputs, device=device).to(DTYPE)
+    flops = 2.0 * rows * outputs * inputs
+    plain = [torch.randn(outputs, inputs, device=device).to(DTYPE) for _ in range(copies_of(2 * outputs * inputs))]
+    plain_seconds = seconds_of([lambda weight=weight: F.linear(x, weight) for weight in plain], repeats)
+    nbytes = plain[0].nbytes
+    del plain
+    found = [Measured("bf16, torch", layer, rows, plain_seconds, flops, nbytes, plain_seconds)]
+    for name, make in FORMS.items():
+        matrix = make(outputs, inputs, device)
+        check(x, matrix)
+        weights = [pack_linear([matrix]) for _ in range(copies_of(matrix.nbytes))]
+        seconds = seconds_of([lambda weight=weight: linear(x, weight) for weight in weights], repeats)
+        found.append(Measured(name, layer, rows, seconds, flops, weights[0].nbytes, plain_seconds))
+    return found
+
+
+def measure_experts(shape: Shape, rows: int, device: torch.device, repeats: int) -> list[Measured]:
+    """Every row goes to CHOSEN of EXPERTS experts, drawn at random; beside one plain product of as many rows."""
+    outputs, inputs = shape
+    chosen = torch.rand(rows, EXPERTS, device=device).topk(CHOSEN).indices.flatten()
+    counts = torch.bincount(chosen, minlength=EXPERTS)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+    x = torch.randn(rows * CHOSEN, inputs, device=device).to(DTYPE)
+    weights = torch.randn(EXPERTS, outputs, inputs, device=device).to(DTYPE)
+    check_experts(x, weights, offsets)
+    plain = seconds_of([lambda: F.linear(x, weights[0])], repeats)
+    seconds = seconds_of([lambda: grouped_linear(x, weights, offsets)], repeats)
+    nbytes = int((counts > 0).sum()) * weights[0].nbytes
+    flops = 2.0 * len(x) * outputs * inputs
+    return [Measured(f"{EXPERTS} experts, bf16", f"{outputs} × {inputs}", rows, seconds, flops, nbytes, plain)]
+
+
+def copies_of(nbytes: int) -> int:
+    return max(1, min(32, -(-L2_BYTES // nbytes))) if torch.cuda.is_available() else 1
+
+
+def copy_rate(device: torch.device, repeats: int) -> float:
+    """Bytes per second that a copy on the device reads and writes together."""
+    source = torch.empty(1 << (30 if device.type == "cuda" else 20), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of([lambda: target.copy_(source)], repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interpret", action="store_true", help="small shapes in Triton's interpreter")
+    parser.add_argument("--rows", type=int, nargs="*", help=f"instead of {', '.join(map(str, ROWS))}")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="where the results go")
+    options = parser.parse_args()
+    if not options.interpret and not torch.cuda.is_available():
+        raise SystemExit("error: there is no CUDA GPU here; --interpret shows that the benchmark runs.")
+    device = torch.device("cpu" if options.interpret else "cuda")
+    torch.manual_seed(0)
+    layers, all_rows = (SMALL, SMALL_ROWS) if options.interpret else (LAYERS, ROWS)
+    found: list[Measured] = []
+    with torch.inference_mode():
+        copied = copy_rate(device, options.repeats)
+        for rows in options.rows or all_rows:
+            for layer, shape in layers.items():
+                found += measure_layer(layer, shape, rows, device, options.repeats)
+            experts = (64, 128) if options.interpret else (1536, 2048)
+            found += measure_experts(experts, rows, device, options.repeats)
+    lines = table(("weights", "layer", "rows", "µs", "TFLOP/s", "× bf16", "GB/s of weights", "of copy"), left=2)
+    for one in found:
+        lines.add_row(
+            one.what,
+            one.layer,
+            str(one.rows),
+            f"{one.seconds * 1e6:.1f}",
+            f"{one.tflops:.1f}",
+            f"{one.plain_seconds / one.seconds:.2f}",
+            f"{one.gbytes:.0f}",
+            f"{one.gbytes * 1e9 / copied:.0%}",
+        )
+    show(f"Matmuls, all checked; a copy moves {copied / 1e9:.0f} GB/s", lines)
+    measured = ("what", "layer", "rows", "seconds", "tflops", "gbytes", "plain_seconds")
+    results = [{name: getattr(one, name) for name in measured} for one in found]
+    save("gpu_matmul", {"copy_gbytes": copied / 1e9, "device": device_name(device)}, results, options.json)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
+
+
+if __name__ == "__main__":
+    main()
