@@ -29,7 +29,7 @@ def _numbers(codes, ZERO: tl.constexpr, dtype: tl.constexpr):
     return (shifted - (8388608.0 + ZERO)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "all_steps", "steps"])
 def _codes_matmul(
     out,  # [parts, rows, outputs]
     x,  # [rows, inputs], rows x_stride apart
@@ -105,6 +105,7 @@ def codes_matmul(
     step = inputs // codes.shape[1]
     four_bits = codes.shape[3] != step
     part = cut(TILES, rows, outputs, inputs // step, x.device)
+    step_bytes = part.tile.rows * step * x.itemsize + part.tile.outputs * codes.shape[3]
     whole = part.parts == 1
     out = torch.empty(part.parts, rows, outputs, dtype=x.dtype if whole else torch.float32, device=x.device)
     has_bias = whole and bias is not None
@@ -130,6 +131,6 @@ def codes_matmul(
         PANEL=codes.shape[2],
         STEP=codes.shape[3],
         num_warps=part.tile.warps,
-        num_stages=part.tile.stages,
+        num_stages=part.tile.stages_of(step_bytes, x.device),
     )
     return out[0] if whole else add_parts(out, bias, x.dtype)

@@ -119,7 +119,7 @@ def _collect(
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _find_limits(
     limits,  # [N]
     found,  # [N, vocab]: scratch
@@ -171,7 +171,7 @@ def _find_limits(
     tl.store(limits + at, limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _find_tokens(
     token_ids,  # [N] int64
     sums,  # [N, blocks] float64, within the limits

@@ -92,6 +92,6 @@ def grouped_linear(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
         OUTPUTS=tile.outputs,
         STEP=STEP,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=tile.stages_of((tile.rows + tile.outputs) * STEP * x.itemsize, x.device),
     )
     return out

@@ -14,7 +14,7 @@ TILE = 4096  # numbers of a program, where a group has fewer
 WARPS = ((4096, 4), (16384, 8), (1 << 30, 16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _quantize_rows(
     values,  # [T, inputs] int8 or float8, contiguous
     scales,  # [T, inputs / size] float32

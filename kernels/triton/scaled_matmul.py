@@ -23,7 +23,7 @@ TILES = (
 STEP = 128  # inputs per step, where groups do not ask for fewer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _scaled_matmul(
     out,  # [parts, rows, outputs]
     x,  # [rows, inputs] float8 or int8
@@ -99,6 +99,7 @@ def scaled_matmul(
     (rows, inputs), outputs, groups = x.shape, len(weight), x_scales.shape[1]
     step = STEP if groups == 1 else next(step for step in (128, 64, 32) if group_size % step == 0)
     part = cut(TILES, rows, outputs, triton.cdiv(inputs, step), x.device)
+    stages = part.tile.stages_of((part.tile.rows + part.tile.outputs) * step, x.device)
     whole = part.parts == 1
     out = torch.empty(part.parts, rows, outputs, dtype=dtype if whole else torch.float32, device=x.device)
     has_bias = whole and bias is not None
@@ -122,6 +123,6 @@ def scaled_matmul(
         OUTPUTS=part.tile.outputs,
         STEP=step,
         num_warps=part.tile.warps,
-        num_stages=part.tile.stages,
+        num_stages=stages,
     )
     return out[0] if whole else add_parts(out, bias, dtype)

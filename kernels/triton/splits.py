@@ -26,6 +26,10 @@ class Tile:
     warps: int
     stages: int
 
+    def stages_of(self, step_bytes: int, device: torch.device) -> int:
+        """As many as fit, of so many bytes each, with as much again for other uses as the last one takes."""
+        return max(1, min(self.stages, shared_memory(device) // step_bytes - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -56,7 +60,15 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _add_parts(
     out,  # [rows, outputs]
     parts,  # [PARTS, rows, outputs] float32

@@ -22,7 +22,7 @@ def _finite(logprob):
     return tl.where(logprob < float("inf"), logprob, -float("inf"))  # NaN too
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _normalise(
     own,  # [N]
     values,  # [N, k]: logits, become log probabilities

@@ -57,16 +57,13 @@ def matmuls() -> None:
     codes = torch.zeros(outputs, inputs, dtype=torch.uint8)
     float8, scales = codes.view(torch.float8_e4m3fn), torch.ones(outputs, inputs // 128)
     forms = [
-        (Matrix(float8, 8, inputs, scales[:, :1]), (1, 256)),
-        (Matrix(float8, 8, 128, scales), (256,)),
-        (Matrix(codes, 8, inputs, scales[:, :1], None, 128), (64,)),
-        (Matrix(codes, 4, 128, scales, scales), (1, 256)),
-        (Matrix(codes, 8, 128, scales, None, 32), (16,)),
+        (Matrix(float8, 8, inputs, scales[:, :1]), 1),
+        (Matrix(float8, 8, 128, scales), 256),
+        (Matrix(codes, 8, inputs, scales[:, :1], None, 128), 64),
+        (Matrix(codes, 4, 128, scales, scales), 1),
     ]
     for matrix, rows in forms:
-        packed = triton.pack_linear([matrix])
-        for count in rows:
-            triton.linear(torch.zeros(count, inputs, dtype=torch.bfloat16), packed)
+        triton.linear(torch.zeros(rows, inputs, dtype=torch.bfloat16), triton.pack_linear([matrix]))
     x, weights = torch.zeros(40, 64, dtype=torch.bfloat16), torch.zeros(4, 128, 64, dtype=torch.bfloat16)
     grouped_linear(x, weights, torch.zeros(5, dtype=torch.int32))
 
@@ -82,27 +79,25 @@ def layers() -> None:
 
 
 def attention() -> None:
-    """Sequences of one token, then one of many; caches in the model's type, then in 8 bits."""
-    lengths = [([1, 1], 2), ([30], 30)]
-    for cache in (torch.zeros(16, 2, 16, 128, dtype=torch.bfloat16), torch.zeros(16, 2, 16, 132, dtype=torch.int8)):
-        for queries, tokens in lengths:
-            batch = AttentionBatch(
-                block_tables=torch.zeros(len(queries), 8, dtype=torch.int32),
-                query_start=torch.tensor([0, *queries]).cumsum(0).int(),
-                context_lens=torch.full((len(queries),), 40, dtype=torch.int32),
-                slot_mapping=torch.zeros(tokens, dtype=torch.int64),
-                max_query_len=max(queries),
-                max_context_len=40,
-            )
-            query, key = (torch.zeros(tokens, heads, 128, dtype=torch.bfloat16) for heads in (8, 2))
-            triton.write_kv(key, key, cache, cache.clone(), batch.slot_mapping)
-            triton.paged_attention(query, cache, cache.clone(), batch, 0.1)
-        triton.copy_blocks(cache, cache.clone(), torch.tensor([[0, 1]]))
+    """A sequence of one token beside one of many; caches in 8 bits."""
+    batch = AttentionBatch(
+        block_tables=torch.zeros(2, 8, dtype=torch.int32),
+        query_start=torch.tensor([0, 1, 31], dtype=torch.int32),
+        context_lens=torch.tensor([40, 40], dtype=torch.int32),
+        slot_mapping=torch.zeros(31, dtype=torch.int64),
+        max_query_len=30,
+        max_context_len=40,
+    )
+    query, key = (torch.zeros(31, heads, 128, dtype=torch.bfloat16) for heads in (8, 2))
+    keys, values = torch.zeros(2, 16, 2, 16, 132, dtype=torch.int8)
+    triton.write_kv(key, key, keys, values, batch.slot_mapping)
+    triton.paged_attention(query, keys, values, batch, 0.1)
+    triton.copy_blocks(keys, values, torch.tensor([[0, 1]]))
     triton.row_attention(query, key, key, batch, 0.1)
 
 
 if __name__ == "__main__":
-    driver.set_active(H100())  # type: ignore[no-untyped-call]
+    driver.set_active(H100())
     JITFunction.run = compile_only
     sampling()
     matmuls()
