@@ -20,7 +20,8 @@ from report import console, save, show, table
 
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore
-from octavo.engine.core.scheduler import Limits, Scheduler, waste
+from octavo.engine.core.limits import Limits
+from octavo.engine.core.scheduler import Scheduler, waste
 from octavo.engine.params import SamplingParams
 from octavo.engine.runner.fake import FakeRunner, VirtualClock
 from octavo.engine.types import Request

@@ -15,7 +15,8 @@ from octavo.engine.assets import tokenizer_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore, Process
-from octavo.engine.core.scheduler import Limits, Scheduler
+from octavo.engine.core.limits import Limits
+from octavo.engine.core.scheduler import Scheduler
 from octavo.engine.errors import ConfigError
 from octavo.engine.grammar.grammars import CompiledGrammars
 from octavo.engine.pooling.info import PoolingInfo

@@ -16,9 +16,10 @@ from typing import Protocol
 from octavo.cluster.ingress.admission import Admission
 from octavo.cluster.routing.fleet import Fleet, Placing
 from octavo.engine.core.blocks import BlockLog, BlockPool
+from octavo.engine.core.limits import Limits
 from octavo.engine.core.plan import StepResult
 from octavo.engine.core.prefix import Chain
-from octavo.engine.core.scheduler import Limits, Scheduler
+from octavo.engine.core.scheduler import Scheduler
 from octavo.engine.errors import CapacityError
 from octavo.engine.params import SamplingParams
 from octavo.engine.runner.fake import CostModel, FakeRunner

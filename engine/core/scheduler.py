@@ -12,60 +12,25 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from octavo.engine.core.beams import BeamGroup
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.budgets import Budget
 from octavo.engine.core.constraints import Constraint, Grammar
-from octavo.engine.core.plan import NewSequence, Row, RowResult, StepPlan, StepResult, TokenMasks
+from octavo.engine.core.draft import Draft
+from octavo.engine.core.holdings import Holdings
+from octavo.engine.core.limits import Limits
+from octavo.engine.core.plan import RowResult, StepPlan, StepResult, TokenMasks
 from octavo.engine.core.policy import policy
 from octavo.engine.core.queue import WaitingQueue
 from octavo.engine.core.seeds import sequence_seed
 from octavo.engine.core.sequence import Sequence, State
+from octavo.engine.core.turns import whose_turn
 from octavo.engine.errors import CapacityError, RequestError
-from octavo.engine.params import MAX_LOGPROBS, SamplingParams
-from octavo.engine.pooling.info import GENERATES_ONLY, PoolingInfo
-from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.types import EngineStats, FinishReason, Request, Resumed, TokenDelta, TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the scheduler must know of the model and the configuration (see EngineConfig for the meaning).
-
-    stages: of the pipeline; as many steps should be in flight at a time. pooling: what becomes of prompts that are not
-    gone on with.
-    """
-
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...] = ()
-    max_num_queued_reqs: int | None = None
-    enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0
-    scheduling_policy: str = "fcfs"
-    stages: int = 1
-    pooling: PoolingInfo = GENERATES_ONLY
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A StepPlan in the making."""
-
-    step_id: int
-    new: list[NewSequence] = field(default_factory=list)
-    table_edits: list[tuple[int, int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    known: list[tuple[int, int, int]] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)  # of the rows
-    awaits_masks: bool = False
 
 
 class Scheduler:
@@ -79,10 +44,9 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._requests: dict[str, list[Sequence]] = {}
         self._groups: dict[str, BeamGroup] = {}  # of the requests that are beam searches
-        self._launched: deque[_Draft] = deque()
+        self._launched: deque[Draft] = deque()
         self._key = policy(limits.scheduling_policy)
-        self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._released: list[int] = []  # slots whose sequence left since the last plan
+        self._holdings = Holdings(pool, limits.block_size, limits.max_num_seqs)
         self._step = 0
         self._order = 0
         self._mask_bytes = -(-limits.vocab_size // 32) * 4
@@ -144,7 +108,7 @@ class Scheduler:
 
     def _sequences_of(self, request: Request, wanted_ones: Seq[Resumed]) -> Iterator[Sequence]:
         params = request.params
-        stops = self._stops_of(params)
+        stops = self.limits.stops_of(params)
         longest = self.limits.max_model_len
         for wanted in wanted_ones:
             num_prompt = len(request.prompt_of(wanted.index))
@@ -156,64 +120,11 @@ class Scheduler:
             seed = sequence_seed(params.seed or 0, wanted.index)
             yield Sequence(request, wanted, key, seed, max_total, stops)
 
-    def _stops_of(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.limits.eos_token_ids)))
-
     def check(self, request: Request) -> None:
         """Raise RequestError if the request can never run here."""
-        limits, params, prompt = self.limits, request.params, request.prompt_token_ids
         if request.request_id in self._requests:
             raise RequestError(f"request_id {request.request_id!r} is in use by a running request.", "request_id")
-        if not prompt:
-            raise RequestError("The prompt is empty: at least one token is needed.", "prompt")
-        if request.pooling is not None:
-            self._check_pooling(request, request.pooling)
-            return
-        if not limits.pooling.generates:
-            raise RequestError("This model generates no text: it makes embeddings, scores or classes.", "model")
-        if len(prompt) >= limits.max_model_len:
-            raise RequestError(
-                f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len} "
-                f"(prompt and output together).",
-                "prompt",
-            )
-        if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
-            raise RequestError(f"The prompt has a token id outside of 0 … {limits.vocab_size - 1}.", "prompt")
-        for resumed in request.resume:
-            if any(not 0 <= token < limits.vocab_size for token in resumed.token_ids):
-                raise RequestError(f"A token to resume from is outside of 0 … {limits.vocab_size - 1}.", "resume")
-        indices = [resumed.index for resumed in request.resume]
-        if len(set(indices)) < len(indices) or any(not 0 <= index < params.n for index in indices):
-            raise RequestError(f"resume must name sequences 0 … {params.n - 1}, each once.", "resume")
-        params.check_vocab(limits.vocab_size)
-        if params.beams is not None and params.structured_outputs is not None:
-            raise RequestError("Beam search cannot be had with structured output.", "structured_outputs")
-        if params.beams is not None and params.beams.width > limits.vocab_size - len(self._stops_of(params)):
-            raise RequestError(f"The model has no {params.beams.width} tokens for as many beams to go on with.", "n")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            if value is not None and value > MAX_LOGPROBS:
-                raise RequestError(f"{name} must be at most {MAX_LOGPROBS} (or -1 for all), got {value}.", name)
-
-    def _check_pooling(self, request: Request, pooling: PoolingParams) -> None:
-        limits = self.limits
-        known = limits.vocab_size * limits.pooling.pair_types
-        for prompt in request.prompts:
-            if not prompt:
-                raise RequestError("A prompt is empty: at least one token is needed.", "prompt")
-            if len(prompt) > limits.max_model_len:
-                raise RequestError(
-                    f"The prompt has {len(prompt)} tokens, but the model's context holds {limits.max_model_len}.",
-                    "prompt",
-                )
-            if min(prompt) < 0 or max(prompt) >= known:
-                raise RequestError(f"The prompt has a token id outside of 0 … {known - 1}.", "prompt")
-        if request.params.n != 1:
-            raise RequestError("A prompt is pooled once: n must be 1.", "n")
-        if any(wanted.token_ids or not 0 <= wanted.index < len(request.prompts) for wanted in request.resume):
-            raise RequestError(f"resume must name prompts 0 … {len(request.prompts) - 1}.", "resume")
-        if limits.pooling.resolve(pooling) != pooling:
-            raise RequestError("The pooling parameters are not resolved.", "pooling")
+        self.limits.check(request)
 
     def check_room(self, on_the_way: int = 0) -> None:
         """Raise CapacityError if the queue is full, with sequences that are `on_the_way`. An idle engine has room."""
@@ -256,7 +167,7 @@ class Scheduler:
         """Plan the next step; None if nothing can be computed before a result comes in (or at all)."""
         self._step += 1
         self.admitted.clear()
-        draft = _Draft(self._step)
+        draft = Draft(self._step)
         tokens = Budget(self.limits.max_num_batched_tokens)
         if not self._continue_running(draft, tokens):
             self._admit_waiting(draft, tokens)
@@ -266,23 +177,13 @@ class Scheduler:
             self._admit_waiting(draft, tokens)
         if not draft.rows:
             return None
-        plan = StepPlan(
-            step_id=draft.step_id,
-            released=tuple(self._released),
-            new=tuple(draft.new),
-            table_edits=tuple(draft.table_edits),
-            copies=tuple(draft.copies),
-            rows=tuple(draft.rows),
-            known=tuple(draft.known),
-        )
-        self._released.clear()
         self._launched.append(draft)
-        return plan
+        return draft.plan(self._holdings.take_released())
 
-    def _continue_running(self, draft: _Draft, tokens: Budget) -> bool:
+    def _continue_running(self, draft: Draft, tokens: Budget) -> bool:
         """Let running sequences catch up, in order. Returns whether any had to be preempted."""
         preempted = False
-        wants_step = self._whose_turn()
+        wants_step = whose_turn(self.running, self.limits.stages)
         later = sum(wants_step(sequence) for sequence in self.running)  # each of these is left one token
         position = 0
         while position < len(self.running):
@@ -292,7 +193,7 @@ class Scheduler:
                 continue
             later -= 1
             count = self._chunk(sequence.num_total - sequence.num_computed, tokens.left - later)
-            while count and not self._extend(sequence, count, draft):
+            while count and not self._holdings.extend(sequence, count, draft):
                 # The last in the policy's order gives way. It has no row in this draft: rows are made in the same
                 # order.
                 victim = self.running.pop()
@@ -303,32 +204,16 @@ class Scheduler:
                     count = 0
             if count:
                 if sequence.is_forked:
-                    self._released.append(sequence.slot)
-                    self._enter(sequence, draft)
+                    self._holdings.release_slot(sequence.slot)
+                    draft.enter(sequence)
                 self._add_row(sequence, count, draft, tokens)
         return preempted
 
-    def _whose_turn(self) -> Callable[[Sequence], bool]:
-        """Which running sequences may have a row in the next step.
-
-        In a pipeline a sequence waits for its pending token, and of those that draw a token with every row each step
-        takes an equal part, the longest waiting first, so that the other stages have work meanwhile.
-        """
-        stages = self.limits.stages
-        if stages == 1:
-            return lambda sequence: sequence.wants_step
-        decoding = [s for s in self.running if s.num_total - s.num_computed <= 1]
-        ready = [s for s in decoding if s.wants_step and not s.num_pending]
-        ready.sort(key=lambda s: s.planned_at)  # stable: then in the policy's order
-        turn = {s.slot for s in ready[: -(-len(decoding) // stages)]}
-        behind = {s.slot for s in self.running if s.wants_step and s.num_total - s.num_computed > 1}
-        return lambda sequence: sequence.slot in turn or sequence.slot in behind
-
-    def _admit_waiting(self, draft: _Draft, tokens: Budget) -> None:
+    def _admit_waiting(self, draft: Draft, tokens: Budget) -> None:
         """Admit waiting sequences in order until one does not fit: nobody overtakes it, so it cannot starve."""
-        blocks = Budget(max(0, self.pool.available - self._promised_blocks()))
+        blocks = Budget(max(0, self.pool.available - self._holdings.promised(self.running)))
         not_yet: list[Sequence] = []
-        while tokens.left and self._slots and (sequence := self._waiting.pop()) is not None:
+        while tokens.left and self._holdings.free_slots and (sequence := self._waiting.pop()) is not None:
             if (
                 sequence.num_pending
             ):  # preempted with a token in flight: it must be known before it is sent to a slot again
@@ -340,22 +225,20 @@ class Scheduler:
         for sequence in not_yet:
             self._waiting.push(sequence)
 
-    def _admit(self, sequence: Sequence, draft: _Draft, tokens: Budget, blocks: Budget) -> bool:
+    def _admit(self, sequence: Sequence, draft: Draft, tokens: Budget, blocks: Budget) -> bool:
         """Give the sequence a slot, the blocks others have for it, and a first row, if all of its prompt fits."""
-        shared, num_kv = self._existing_blocks(sequence)
+        shared, num_kv = self._holdings.find(sequence, self._step)
         known = len(sequence.tokens)
         count = self._chunk(known - min(num_kv, known - 1), tokens.left)
         copy_on_write = num_kv % self.limits.block_size != 0
-        fresh = self._blocks_for(known) - len(shared) + copy_on_write
+        fresh = self._holdings.blocks_for(known) - len(shared) + copy_on_write
         wanted = fresh + sum(self.pool.is_cached(block) for block in shared)
         # Some room is kept for those who run, lest the newcomer be preempted at once.
         reserve = min(len(self.running), self.pool.total // 64)
         if not count or not blocks.fits(wanted + reserve):
             return False
         blocks.take(wanted)
-        self.pool.share(shared)
-        sequence.enter(list(shared), num_kv, num_kv // self.limits.block_size)
-        sequence.slot = self._slots.pop()
+        self._holdings.enter(sequence, shared, num_kv)
         self._count_waiting(sequence, -1)
         insort(self.running, sequence, key=lambda s: s.key)
         if not sequence.admitted:
@@ -366,105 +249,25 @@ class Scheduler:
                 self._counters["prefix_queries"] += known
                 self._counters["prefix_hits"] += num_kv
                 self._counters["prompt_tokens"] += sequence.num_prompt
-        extended = self._extend(sequence, count, draft)
+        extended = self._holdings.extend(sequence, count, draft)
         assert extended, f"{wanted} blocks were promised of {self.pool.available}"
-        self._enter(sequence, draft)
+        draft.enter(sequence)
         self._add_row(sequence, count, draft, tokens)
         return True
 
-    def _enter(self, sequence: Sequence, draft: _Draft) -> None:
-        """Tell the ranks what is in the sequence's slot from now on."""
-        sequence.num_told = len(sequence.tokens)
-        if sequence.is_beam:
-            sequence.is_forked, sequence.leader = False, None  # the leader goes its own way from now on
-        draft.new.append(
-            NewSequence(
-                slot=sequence.slot,
-                token_ids=tuple(sequence.tokens),
-                num_prompt=sequence.num_prompt,
-                params=sequence.params,
-                seed=sequence.seed,
-                blocks=tuple(sequence.blocks),
-                stop_token_ids=tuple(sorted(sequence.stop_token_ids)),
-                bad_words_token_ids=sequence.request.bad_words_token_ids,
-                pooling=sequence.request.pooling,
-            )
-        )
-
-    def _existing_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Blocks that hold the KV of the sequence's beginning, and how many positions that is."""
-        leader = sequence.leader
-        if sequence.is_beam and leader is not None and leader.has_copies(sequence.num_shared, self._step):
-            return leader.blocks[: self._blocks_for(sequence.num_shared)], sequence.num_shared
-        prompt_is_there = leader is not None and len(leader.blocks) > 0 and leader.num_computed >= leader.num_prompt
-        if leader is not None and prompt_is_there and sequence.num_output == 0:
-            return leader.blocks[: self._blocks_for(leader.num_prompt)], leader.num_prompt
-        found: list[int] = []
-        if sequence.reads_cache:
-            for name in sequence.block_names(self.limits.block_size):
-                block = self.pool.find(name)
-                if block is None:
-                    break
-                found.append(block)
-        return found, len(found) * self.limits.block_size
-
-    def _add_row(self, sequence: Sequence, count: int, draft: _Draft, tokens: Budget) -> None:
+    def _add_row(self, sequence: Sequence, count: int, draft: Draft, tokens: Budget) -> None:
         tokens.take(count)
-        start = sequence.num_computed
-        samples = start + count == sequence.num_total and sequence.request.pooling is None
-        wants_prompt = sequence.prompt_logprobs is not None and start < sequence.num_prompt - 1
-        draft.rows.append(
-            Row(
-                slot=sequence.slot,
-                start=start,
-                num_tokens=count,
-                write_from=sequence.kv_from,
-                samples=samples,
-                prompt_logprobs=sequence.request.params.prompt_logprobs if wants_prompt else None,
-                masked=samples and sequence.constraint is not None,
-            )
-        )
-        draft.sequences.append(sequence)
-        draft.awaits_masks |= draft.rows[-1].masked
-        if sequence.num_told < len(sequence.tokens):
-            told = range(sequence.num_told, len(sequence.tokens))
-            draft.known.extend((sequence.slot, position, sequence.tokens[position]) for position in told)
-            sequence.num_told = len(sequence.tokens)
-        sequence.planned_at, sequence.planned_from = draft.step_id, start
-        sequence.num_computed += count
-        sequence.num_pending += samples
-        self._name_blocks(sequence)
+        draft.add_row(sequence, count)
+        self._holdings.name_blocks(sequence)
         if sequence.held_back and sequence.num_computed >= sequence.num_prompt:
             for sample in sequence.held_back:
                 sample.state = State.WAITING
                 self._waiting.push(sample)
             sequence.held_back = []
 
-    def _extend(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
-        """Give the sequence blocks for `count` more positions, its own to write. False: too few are left."""
-        size = self.limits.block_size
-        end = sequence.num_computed + count
-        grow = max(0, self._blocks_for(end) - len(sequence.blocks))
-        first_write = max(sequence.num_computed, sequence.kv_from)
-        at = first_write // size
-        copy = first_write < end and at < len(sequence.blocks) and not self.pool.writable(sequence.blocks[at])
-        if grow + copy > self.pool.available:
-            return False
-        taken = self.pool.take(grow + copy)
-        if copy:
-            source, own = sequence.blocks[at], taken.pop()
-            draft.copies.append((source, own))
-            sequence.blocks[at] = own
-            self.pool.release([source])
-            draft.table_edits.append((sequence.slot, at, own))
-        for block in taken:
-            draft.table_edits.append((sequence.slot, len(sequence.blocks), block))
-            sequence.blocks.append(block)
-        return True
-
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks and slot; it waits again, in its old place, and recomputes."""
-        self._give_back(sequence)
+        self._holdings.give_back(sequence)
         sequence.reset()
         self._counters["preemptions"] += 1
         if sequence.is_beam and self._groups[sequence.request.request_id].has_scores(sequence):
@@ -510,19 +313,11 @@ class Scheduler:
         """The masks of launched steps, in their order, as far as the tokens before them are known. Each comes once; a
         step's are due at the latest when the step before it has been committed or has failed."""
         for draft in self._launched:
-            if not draft.awaits_masks:
-                continue
-            masked = [(row, s) for row, s in zip(draft.rows, draft.sequences, strict=True) if row.masked]
-            if any(row.start + row.num_tokens > len(s.tokens) for row, s in masked if s.state is not State.FINISHED):
-                return
-            draft.awaits_masks = False
-            yield TokenMasks(draft.step_id, tuple(self._mask(row, s) for row, s in masked))
-
-    def _mask(self, row: Row, sequence: Sequence) -> bytes:
-        if sequence.state is State.FINISHED or row.start + row.num_tokens < len(sequence.tokens):
-            return b""  # whatever it draws is surplus
-        assert sequence.constraint is not None
-        return sequence.constraint.mask(self._mask_bytes)
+            if draft.awaits_masks:
+                masks = draft.masks(self._mask_bytes)
+                if masks is None:
+                    return
+                yield masks
 
     def fail(self, message: str) -> list[TokenDelta]:
         """The oldest launched step failed: its sequences end with an error, the others go on."""
@@ -550,7 +345,7 @@ class Scheduler:
         if error is not None:
             reason, stop_reason = "error", None
         self._counters["generation_tokens"] += count
-        self._name_blocks(sequence)
+        self._holdings.name_blocks(sequence)
         prompt_logprobs = sequence.prompt_logprobs if first else None
         delta = TokenDelta(
             request_id=sequence.request.request_id,
@@ -577,9 +372,7 @@ class Scheduler:
         if sequence.may_jump:
             assert sequence.constraint is not None
             sequence.forget_pending()
-            kept = self._blocks_for(max(sequence.num_computed, sequence.kv_from))
-            self.pool.release(sequence.blocks[kept:])
-            del sequence.blocks[kept:]
+            self._holdings.trim(sequence)
             while sequence.constraint.forced:
                 yield sequence.constraint.forced[0]
 
@@ -643,20 +436,17 @@ class Scheduler:
                 move.member.leader = None
                 self._wait(move.member)
             else:
-                self._name_blocks(move.member)
+                self._holdings.name_blocks(move.member)
         for member in idle:
             if member.state is State.RUNNING:
                 self._preempt_idle(member)
         return []
 
     def _fork(self, member: Sequence, parent: Sequence, token: int) -> None:
-        size, known = self.limits.block_size, len(parent.tokens)
+        known = len(parent.tokens)
         member.fork(parent, token)
         if parent.blocks and member.state is State.RUNNING:
-            shared = parent.blocks[: self._blocks_for(known)]
-            self.pool.share(shared)
-            self.pool.release(member.blocks)
-            member.share(shared, known, known // size)
+            self._holdings.fork(member, parent, known)
             return
         if member.state is State.RUNNING:
             self._preempt_idle(member)
@@ -665,7 +455,7 @@ class Scheduler:
 
     def _preempt_idle(self, member: Sequence) -> None:
         self.running.remove(member)
-        self._give_back(member)
+        self._holdings.give_back(member)
         member.reset()
         member.state = State.PARKED
 
@@ -682,7 +472,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
-            self._give_back(sequence)
+            self._holdings.give_back(sequence)
         else:
             self._count_waiting(sequence, -1)
         sequence.state = State.FINISHED
@@ -698,20 +488,6 @@ class Scheduler:
 
     # ── small helpers ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        self._slots.append(sequence.slot)
-        self._released.append(sequence.slot)
-
-    def _name_blocks(self, sequence: Sequence) -> None:
-        """Make blocks findable that the plans so far fill. Ranks execute in order, so the next row may read them."""
-        fresh = sequence.newly_full(self.limits.block_size)
-        if fresh:
-            names = sequence.block_names(self.limits.block_size)
-            for index in fresh:
-                self.pool.set_name(sequence.blocks[index], names[index])
-
     def _chunk(self, remaining: int, left: int) -> int:
         """How many of `remaining` tokens a row may compute within `left` tokens of budget."""
         count = min(remaining, left)
@@ -720,13 +496,6 @@ class Scheduler:
         if self.limits.long_prefill_token_threshold:
             count = min(count, self.limits.long_prefill_token_threshold)
         return max(0, count)
-
-    def _blocks_for(self, positions: int) -> int:
-        return -(-positions // self.limits.block_size)
-
-    def _promised_blocks(self) -> int:
-        """Blocks that running sequences still need for tokens known today."""
-        return sum(max(0, self._blocks_for(len(s.tokens)) - len(s.blocks)) for s in self.running)
 
     def _count_waiting(self, sequence: Sequence, change: int) -> None:
         self._num_waiting += change

@@ -31,7 +31,8 @@ from octavo.engine.build import assemble
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore
-from octavo.engine.core.scheduler import Limits, Scheduler
+from octavo.engine.core.limits import Limits
+from octavo.engine.core.scheduler import Scheduler
 from octavo.engine.errors import ConfigError
 from octavo.engine.runner.fake import CostModel, FakeRunner, VirtualClock
 from octavo.engine.text.byte_tokenizer import ByteTokenizer

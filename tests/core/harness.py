@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from octavo.engine.core.blocks import BlockPool
 from octavo.engine.core.engine import EngineCore
-from octavo.engine.core.scheduler import Limits, Scheduler
+from octavo.engine.core.limits import Limits
+from octavo.engine.core.scheduler import Scheduler
 from octavo.engine.core.seeds import sequence_seed
 from octavo.engine.core.sequence import State
 from octavo.engine.params import SamplingParams
