@@ -5,10 +5,12 @@ The engine's Grammars (core/constraints.py); an ingress has one too, to find fau
 
 from __future__ import annotations
 
+import logging
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from octavo.engine.core.constraints import Grammar, Matcher
@@ -19,10 +21,12 @@ from octavo.engine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+log = logging.getLogger(__name__)
+
 THREADS = 2
 # A schema's definitions may follow one another through a megabyte of text, and llguidance recurses: on eight megabytes
 # of stack a thousand of them end the process. Only address space, until it is used.
-STACK_BYTES = 512 << 20
+STACK_BYTES = (512 << 20, 64 << 20, 0)  # as much as is to be had
 MAX_KEPT = 128  # compiled forms
 MAX_KEPT_CHARS = 16 << 20  # of their texts
 
@@ -34,7 +38,7 @@ class CompiledGrammars:
 
     def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._load, self._vocab_size, self._eos_token_ids = load, vocab_size, eos_token_ids
-        self._pool: ThreadPoolExecutor | None = None
+        self._workers: _Workers | None = None
         self._lock = threading.Lock()  # of the tokenizer
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[StructuredOutputs, Future[Grammar]] = OrderedDict()
@@ -43,10 +47,10 @@ class CompiledGrammars:
     def compile(self, spec: StructuredOutputs) -> Future[Grammar]:
         key = spec.replace(begins_after=()) if spec.begins_after else spec
         found = self._kept.get(key)
-        if found is None or found.cancelled():
-            if self._pool is None:
-                self._pool = _roomy_pool()
-            found = self._kept[key] = self._pool.submit(self._compile, key)
+        if found is None:
+            if self._workers is None:
+                self._workers = _Workers()
+            found = self._kept[key] = self._workers.submit(lambda: self._compile(key))
             self._chars += key.num_chars
             while len(self._kept) > 1 and (len(self._kept) > MAX_KEPT or self._chars > MAX_KEPT_CHARS):
                 old, _ = self._kept.popitem(last=False)
@@ -55,9 +59,9 @@ class CompiledGrammars:
         return found
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         self._kept.clear()
         self._chars = 0
 
@@ -121,15 +125,39 @@ class GrammarMatcher:
         return f"The form of the output cannot be followed further: {reason[:400]}."
 
 
-def _roomy_pool() -> ThreadPoolExecutor:
-    """Threads start when work comes and all are busy, with the stack size of that moment: so all are started here."""
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="octavo-grammars")
-    everyone_is_here = threading.Barrier(THREADS + 1)
-    before = threading.stack_size(STACK_BYTES)
-    try:
+class _Workers:
+    """Threads with room for deep recursion. Nobody waits for them at the end of the process."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Grammar], Callable[[], Grammar]] | None] = queue.SimpleQueue()
+        for number in range(THREADS):
+            self._start(f"octavo-grammars-{number}")
+
+    def submit(self, make: Callable[[], Grammar]) -> Future[Grammar]:
+        future: Future[Grammar] = Future()
+        self._jobs.put((future, make))
+        return future
+
+    def close(self) -> None:
         for _ in range(THREADS):
-            pool.submit(everyone_is_here.wait)
-    finally:
-        threading.stack_size(before)
-    everyone_is_here.wait()
-    return pool
+            self._jobs.put(None)
+
+    def _start(self, name: str) -> None:
+        for stack_bytes in STACK_BYTES:
+            before = threading.stack_size(stack_bytes)  # of the threads that start from now on, whoever starts them
+            try:
+                threading.Thread(target=self._work, name=name, daemon=True).start()
+                return
+            except RuntimeError:  # there is no room for such a stack
+                continue
+            finally:
+                threading.stack_size(before)
+        log.warning("the thread %s could not be started: forms are compiled by fewer, or not at all", name)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, make = job
+            try:
+                future.set_result(make())
+            except BaseException as error:
+                future.set_exception(error)
