@@ -56,6 +56,12 @@ PREFILL: Tiles = {
     2: ((64, Tile(128, 64, 4, 2)), (128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 1))),
     4: ((64, Tile(64, 32, 4, 1)), (128, Tile(64, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
 }
+# For devices whose programs may have only some 100 KB of shared memory (capabilities 8.6, 8.9, 12.0).
+PREFILL_SMALL: Tiles = {
+    2: ((64, Tile(128, 64, 4, 1)), (128, Tile(128, 64, 8, 1)), (256, Tile(64, 32, 4, 1))),
+    4: ((64, Tile(64, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),
+}
+SMALL = 128 << 10
 
 
 @triton.jit
@@ -399,7 +405,8 @@ def paged_attention(
     few = decode.block_m // group
     _decode(out, places, numbers, form, batch, decode, window)
     if batch.max_query_len > few:
-        _prefill(out, places, numbers, form, few + 1, _tile(PREFILL[query.itemsize], form["HEAD"], group))
+        tiles = PREFILL_SMALL if _shared_memory(query.device) < SMALL else PREFILL
+        _prefill(out, places, numbers, form, few + 1, _tile(tiles[query.itemsize], form["HEAD"], group))
     return out
 
 
@@ -484,3 +491,11 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return PROCESSORS_OF_THE_INTERPRETER
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type != "cuda":
+        return SMALL
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
