@@ -24,7 +24,7 @@ from octavo.engine.runner.fake_choice import choose
 from octavo.engine.types import Request, Resumed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import EOS, VOCAB, Collector, engine, expected, run, small_vocab
+from harness import EOS, VOCAB, Collector, check_invariants, engine, expected, run, small_vocab
 
 ALL = b"\xff" * 4
 
@@ -244,6 +244,31 @@ def test_cut_anywhere_and_resumed_it_is_the_undisturbed_run(options, first, seco
     for index in left:
         assert tokens[index] + after.tokens["r0", index] == definition(made, index)
         assert after.reasons["r0", index] == whole.reasons["r0", index]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(requests, min_size=2, max_size=5), configs, st.lists(st.integers(0, 30), min_size=5, max_size=5))
+def test_aborts_at_any_time_leave_the_others_alone(batch, config, when):
+    made = [made_of(number, options) for number, options in enumerate(batch)]
+    core, got = constrained(**config), Collector()
+    for one in made:
+        got.take(core.add(one))
+    gone = [one for number, one in enumerate(made) if number % 2]
+    for step in range(31):
+        for one in gone:
+            if when[made.index(one)] == step:
+                got.take(core.abort(one.request_id))
+                check_invariants(core)
+        if core.has_work:
+            got.take(core.step())
+            check_invariants(core)
+    run(core, got)
+    for one in made:
+        for index in range(one.params.n):
+            tokens, wanted = got.tokens.get((one.request_id, index), []), definition(one, index)
+            assert tokens == wanted[: len(tokens)]
+            assert one in gone or tokens == wanted
+    assert core.stats().kv_blocks_held == 0
 
 
 def test_forced_tokens_come_at_once_and_take_one_step():
