@@ -45,7 +45,7 @@ class EngineConfig:
     batch_invariant: a request gets bit-identical logits alone or batched, whole or in chunks, fresh or resumed, and in
         any layout of ranks. The native CPU ops do so always within one layout; true = send more between ranks for the
         last, and refuse to start where it is not so.
-    kernels: force one kernel body ("ref", "cpu"); None = the best available.
+    kernels: force one kernel body ("ref", "cpu", "triton"); None = the best available.
     runner: pooling = serve the model for embeddings, scores or classes alone; generate = refuse one that cannot
         generate; auto = what its files say it is made for.
     convert: what else a model that generates is served for: auto and embed = its hidden states are embeddings, none =
