@@ -9,7 +9,7 @@ Knows the layout alone; who multiplies is `linear`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,8 +109,10 @@ def pack(matrix: Matrix) -> Section:
     around_128 = matrix.bits == 8 and matrix.zero == 128 and matrix.mins is None
     if matrix.values.dtype == torch.uint8 and around_128 and (groups == 1 or size % 32 == 0):
         return Scaled8((matrix.values ^ 128).view(torch.int8), matrix.scales.float().contiguous(), matrix.inputs)
+    if matrix.values.dtype == torch.uint8:
+        matrix = _joined(matrix)
     least = 32 if matrix.bits == 4 else 16
-    step = next((step for step in STEPS if step >= least and size % step == 0), None)
+    step = next((step for step in STEPS if step >= least and matrix.group_size % step == 0), None)
     if matrix.values.dtype != torch.uint8 or step is None:
         return Numbers(matrix.dequantize(torch.bfloat16))
     codes = torch.nn.functional.pad(matrix.values, (0, 0, 0, -len(matrix.values) % PANEL))
@@ -120,6 +122,19 @@ def pack(matrix: Matrix) -> Section:
     scales, mins = (None if part is None else part.t().contiguous() for part in (matrix.scales, matrix.mins))
     assert scales is not None
     return Codes(codes.contiguous(), scales, mins, matrix.zero, matrix.bits, matrix.inputs)
+
+
+def _joined(matrix: Matrix) -> Matrix:
+    """Neighbouring groups of the same scales and minima become one, up to a step: x is not rounded group by group here,
+    for which they may have been parted.
+    """
+    parts = {name: part for name in ("scales", "mins") if (part := getattr(matrix, name)) is not None}
+    while matrix.group_size < STEPS[0] and not matrix.scales.shape[1] % 2:
+        if not all(torch.equal(part[:, ::2], part[:, 1::2]) for part in parts.values()):
+            break
+        parts = {name: part[:, ::2] for name, part in parts.items()}
+        matrix = replace(matrix, group_size=2 * matrix.group_size, **parts)
+    return matrix
 
 
 def _shared(scales: Tensor) -> Tensor:

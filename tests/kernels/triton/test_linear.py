@@ -115,7 +115,9 @@ def test_layouts() -> None:
     assert blocks.scales.shape == (3, 2)
     assert isinstance(pack(FORMS["Q6_K"](8, 64)), Codes)
     assert isinstance(pack(Matrix(codes(8, 48, 4), 4, 24, scales(8, 2))), Numbers)
-    assert pack_linear([FORMS["AWQ 128"](64, 256)]).nbytes == FORMS["AWQ 128"](64, 256).nbytes
+    awq = FORMS["AWQ 128"](64, 256)
+    for matrix in (awq, awq.split_groups(32)):  # as layers part them where x is rounded group by group
+        assert pack_linear([matrix]).nbytes == awq.nbytes
 
 
 @pytest.mark.parametrize("form", ["float8 per output", "int8 per output", "AWQ 128"])
