@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from report import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.kernels import ref
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="substring of op and shape")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--interpret", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--output", type=Path, help="result file (default: build/benchmarks/)")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.interpret:
@@ -351,10 +351,8 @@ def main() -> None:
     for case in cases:
         results.append(measure(case, getattr(triton_ops, case.op), device))
         print(line(results[-1]), flush=True)
-    if options.json is not None:
-        versions = {"gpu": name, "torch": torch.__version__, "triton": importlib.import_module("triton").__version__}
-        found = {**versions, "device": asdict(device), "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(found, indent=1))
+    found = {"device": asdict(device), "cases": [asdict(result) for result in results]}
+    save("gpu_attention", vars(options), found, options.output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "benchmarks"
-PACKAGES = ("octavo", "torch", "transformers", "ray", "numpy")
+PACKAGES = ("octavo", "torch", "triton", "transformers", "ray", "numpy")
 
 # A file or a pipe has no width to fit into: tables keep their columns there.
 console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)

@@ -369,103 +369,136 @@ def paged_attention(
     if key_cache.stride() != value_cache.stride():
         raise ValueError(f"Key and value caches differ in strides: {key_cache.stride()}, {value_cache.stride()}.")
     query = query if query.stride(2) == 1 else query.contiguous()
-    head_size, group = query.shape[2], query.shape[1] // key_cache.shape[1]
-    keys, key_scales = split_cache(key_cache)
-    values, value_scales = split_cache(value_cache)
-    places = (
-        query,
-        keys,
-        values,
-        key_scales,
-        value_scales,
-        batch.block_tables,
-        batch.query_start,
-        batch.context_lens,
-    )
-    numbers = (
-        0 if window is None else window,
-        scale if soft_cap is not None else scale * LOG2_E,
-        1.0 if soft_cap is None else soft_cap,
-        *query.stride()[:2],
-        *keys.stride()[:2],
-        *((0, 0) if key_scales is None else key_scales.stride()[:2]),
-        batch.block_tables.stride(0),
-        query.shape[1],
-        head_size,
-    )
-    form = {
-        "GROUP": group,
-        "HEAD": max(16, triton.next_power_of_2(head_size)),
-        "BLOCK_SIZE": keys.shape[2],
-        "QUANTIZED": key_scales is not None,
-        "WINDOWED": window is not None,
-        "CAPPED": soft_cap is not None,
-    }
-    decode = _tile(DECODE[query.itemsize], form["HEAD"], group)
-    few = decode.block_m // group
-    _decode(out, places, numbers, form, batch, decode, window)
+    call = _describe(query, key_cache, value_cache, batch, scale, window, soft_cap)
+    decode = _tile(DECODE[query.itemsize], call)
+    few = decode.block_m // call.group
+    _decode(out, call, batch, decode, min(few, batch.max_query_len))
     if batch.max_query_len > few:
         tiles = PREFILL_SMALL if _shared_memory(query.device) < SMALL else PREFILL
-        _prefill(out, places, numbers, form, few + 1, _tile(tiles[query.itemsize], form["HEAD"], group))
+        _prefill(out, call, few + 1, _tile(tiles[query.itemsize], call))
     return out
 
 
-def _decode(out, places, numbers, form, batch: AttentionBatch, tile: Tile, window: int | None) -> None:  # type: ignore[no-untyped-def]
-    num_sequences, kv_heads, group = len(batch.context_lens), places[1].shape[1], form["GROUP"]
-    few = min(batch.max_query_len, tile.block_m // group)
-    longest = min(batch.max_context_len, batch.block_tables.shape[1] * form["BLOCK_SIZE"])
-    if window is not None:
-        longest = min(longest, window + few + tile.block_n)
-    parts = _num_parts(num_sequences * kv_heads, longest, tile, out.device)
-    shape = (num_sequences, kv_heads, parts, tile.block_m)
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What both kernels are told, in the order of their parameters: tensors, then numbers, then the form that they are
+    compiled for."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+    form: dict[str, int]
+    num_sequences: int
+    num_kv_heads: int
+    group: int
+    head: int  # padded size
+    window: int | None
+
+
+def _describe(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> _Call:
+    keys, key_scales = split_cache(key_cache)
+    values, value_scales = split_cache(value_cache)
+    (num_heads, head_size), num_kv_heads = query.shape[1:], keys.shape[1]
+    group, head = num_heads // num_kv_heads, max(16, triton.next_power_of_2(head_size))
+    return _Call(
+        tensors=(
+            query,
+            keys,
+            values,
+            key_scales,
+            value_scales,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+        ),
+        numbers=(
+            0 if window is None else window,
+            scale * LOG2_E if soft_cap is None else scale,
+            1.0 if soft_cap is None else soft_cap,
+            *query.stride()[:2],
+            *keys.stride()[:2],
+            *((0, 0) if key_scales is None else key_scales.stride()[:2]),
+            batch.block_tables.stride(0),
+            num_heads,
+            head_size,
+        ),
+        form={
+            "GROUP": group,
+            "HEAD": head,
+            "BLOCK_SIZE": keys.shape[2],
+            "QUANTIZED": key_scales is not None,
+            "WINDOWED": window is not None,
+            "CAPPED": soft_cap is not None,
+        },
+        num_sequences=len(batch.context_lens),
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head=head,
+        window=window,
+    )
+
+
+def _decode(out: torch.Tensor, call: _Call, batch: AttentionBatch, tile: Tile, most_queries: int) -> None:
+    """Rows of at most most_queries queries."""
+    longest = min(batch.max_context_len, batch.block_tables.shape[1] * call.form["BLOCK_SIZE"])
+    if call.window is not None:
+        longest = min(longest, call.window + most_queries + tile.block_n)
+    parts = _num_parts(call.num_sequences * call.num_kv_heads, longest, tile, out.device)
+    shape = (call.num_sequences, call.num_kv_heads, parts, tile.block_m)
     sums = mass = None
     if parts > 1:
         sums = torch.empty((*shape, out.shape[2]), dtype=torch.float32, device=out.device)
         mass = torch.empty(shape, dtype=torch.float32, device=out.device)
     cut = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "LEAST_TILES": LEAST_TILES}
-    _attend_parts[(num_sequences, kv_heads, parts)](
+    _attend_parts[shape[:3]](
         out,
         sums,
         mass,
-        *places,
+        *call.tensors,
         parts,
-        *numbers,
-        **form,
+        *call.numbers,
+        **call.form,
         **cut,
         WHOLE=parts == 1,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if parts > 1:
-        _add_parts[(num_sequences, kv_heads, few * group)](
+        _add_parts[(*shape[:2], most_queries * call.group)](
             out,
             sums,
             mass,
             batch.query_start,
             batch.context_lens,
             parts,
-            numbers[0],
-            out.shape[1],
-            out.shape[2],
-            GROUP=group,
-            HEAD=form["HEAD"],
+            call.numbers[0],
+            *out.shape[1:],
+            GROUP=call.group,
+            HEAD=call.head,
             **cut,
-            WINDOWED=form["WINDOWED"],
+            WINDOWED=call.window is not None,
             PARTS=triton.next_power_of_2(parts),
             num_warps=4,
         )
 
 
-def _prefill(out, places, numbers, form, fewest: int, tile: Tile) -> None:  # type: ignore[no-untyped-def]
-    num_sequences, kv_heads = places[5].shape[0], places[1].shape[1]
-    tiles = len(out) // (tile.block_m // form["GROUP"]) + num_sequences
-    _attend_tiles[(tiles, kv_heads)](
+def _prefill(out: torch.Tensor, call: _Call, fewest: int, tile: Tile) -> None:
+    """Rows of at least `fewest` queries."""
+    tiles = len(out) // (tile.block_m // call.group) + call.num_sequences
+    _attend_tiles[(tiles, call.num_kv_heads)](
         out,
-        *places,
-        num_sequences,
+        *call.tensors,
+        call.num_sequences,
         fewest,
-        *numbers,
-        **form,
+        *call.numbers,
+        **call.form,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.warps,
@@ -473,10 +506,10 @@ def _prefill(out, places, numbers, form, fewest: int, tile: Tile) -> None:  # ty
     )
 
 
-def _tile(tiles: tuple[tuple[int, Tile], ...], head: int, group: int) -> Tile:
+def _tile(tiles: tuple[tuple[int, Tile], ...], call: _Call) -> Tile:
     """The table's for this padded head size, its rows at least a group."""
-    found = next((tile for most, tile in tiles if head <= most), tiles[-1][1])
-    return found if group <= found.block_m else replace(found, block_m=triton.next_power_of_2(group))
+    found = next((tile for most, tile in tiles if call.head <= most), tiles[-1][1])
+    return found if call.group <= found.block_m else replace(found, block_m=triton.next_power_of_2(call.group))
 
 
 def _num_parts(programs: int, longest: int, tile: Tile, device: torch.device) -> int:
