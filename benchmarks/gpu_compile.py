@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,8 +24,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from octavo.kernels import triton as ops
+from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
-from octavo.kernels.triton import attention
+from octavo.kernels.sampling import Draws, Masks
+from octavo.kernels.triton import attention, splits
+from octavo.kernels.triton.grouped_matmul import grouped_linear
 
 HEADS, KV_HEADS, WIDTH, FFN, BLOCK_SIZE, PROCESSORS = 32, 8, 4096, 14336, 16, 132
 SHARED = {
@@ -90,6 +94,44 @@ def write(kv_dtype: torch.dtype) -> Callable[[], object]:
     return lambda: ops.write_kv(new[0], new[1], caches[0], caches[1], torch.zeros(5, dtype=torch.int64))
 
 
+def matmuls(capability: int) -> dict[str, Callable[[], object]]:
+    """A tile of every size with every form of weights."""
+    codes = torch.zeros(WIDTH, WIDTH, dtype=torch.uint8)
+    scales = torch.ones(WIDTH, WIDTH // 128)
+    forms = {
+        "int8": Matrix(codes, 8, WIDTH, scales[:, :1], None, 128),
+        "int8 in groups": Matrix(codes, 8, 128, scales, None, 128),
+        "AWQ": Matrix(codes, 4, 128, scales.half(), scales.half()),
+        "GPTQ": Matrix(codes, 4, 128, scales.half(), None, 8),
+        "8-bit codes": Matrix(codes, 8, 128, scales.half(), scales.half()),
+    }
+    if capability >= 89:
+        float8 = codes.view(FP8)
+        forms |= {"float8": Matrix(float8, 8, WIDTH, scales[:, :1]), "float8 128×128": Matrix(float8, 8, 128, scales)}
+    found: dict[str, Callable[[], object]] = {}
+    for name, matrix in forms.items():
+        packed = ops.pack_linear([matrix])
+        for count in (1, 32, 64, 512):
+            x = torch.zeros(count, WIDTH, dtype=BF16)
+            found[f"{name}, {count} rows"] = lambda x=x, packed=packed: ops.linear(x, packed)
+    weights, offsets = torch.zeros(8, 768, 2048, dtype=BF16), torch.zeros(9, dtype=torch.int32)
+    for count in (8, 200, 500, 9000):
+        x = torch.zeros(count, 2048, dtype=BF16)
+        found[f"8 experts, {count} rows"] = lambda x=x: grouped_linear(x, weights, offsets)
+    return found
+
+
+def sampling() -> dict[str, Callable[[], object]]:
+    logits, ids, ones = torch.zeros(2, 128256), torch.zeros(2, dtype=torch.int64), np.ones(2)
+    draws = Draws(np.arange(2), ones, np.full(2, 50), ones * 0.9, ones * 0.1, ones * 0.5)
+    masks = Masks(np.arange(2), torch.zeros(2, 4008, dtype=torch.int32))
+    return {
+        "draws": lambda: ops.draw(logits, ops.find_peaks(logits), draws),
+        "log probabilities": lambda: ops.take_logprobs(logits, ids, 20),
+        "masks": lambda: ops.mask_logits(logits, masks),
+    }
+
+
 def cases(capability: int) -> dict[str, Callable[[], object]]:
     x, weight = torch.zeros(5, WIDTH, dtype=BF16), torch.zeros(WIDTH, dtype=BF16)
     heads, gates = torch.zeros(5, HEADS, 128, dtype=BF16), torch.zeros(5, 2 * FFN, dtype=BF16)
@@ -107,6 +149,9 @@ def cases(capability: int) -> dict[str, Callable[[], object]]:
         "write bfloat16": write(BF16),
         "write int8": write(torch.int8),
         "an encoder's, head 64": lambda: ops.row_attention(*torch.zeros(3, 5, 12, 64, dtype=BF16), rows, 0.1),
+        "an encoder's, head 128": lambda: ops.row_attention(*torch.zeros(3, 5, 12, 128, dtype=BF16), rows, 0.1),
+        "an encoder's, float32": lambda: ops.row_attention(*torch.zeros(3, 5, 12, 128), rows, 0.1),
+        "an encoder's, head 256": lambda: ops.row_attention(*torch.zeros(3, 5, 12, 256, dtype=BF16), rows, 0.1),
         "bfloat16, window, cap": attend(BF16, BF16, 128, window=1000, soft_cap=50.0),
         "float16, head 80": attend(F16, F16, 80),
     }
@@ -117,7 +162,7 @@ def cases(capability: int) -> dict[str, Callable[[], object]]:
     if capability >= 89:  # the first with numbers of e4m3
         found["write float8_e4m3fn"] = write(FP8)
         found["bfloat16 over float8_e4m3fn"] = attend(BF16, FP8, 128)
-    return found
+    return found | matmuls(capability) | sampling()
 
 
 def compile_all(capability: int, only: str) -> list[Compiled]:
@@ -136,8 +181,8 @@ def compile_all(capability: int, only: str) -> list[Compiled]:
 
     driver.set_active(AbsentDevice(capability))
     JITFunction.run = compile_only
-    attention._processors = lambda device: PROCESSORS
-    attention._shared_memory = lambda device: SHARED[capability]
+    attention._processors = splits.processors = lambda device: PROCESSORS
+    attention._shared_memory = splits.shared_memory = lambda device: SHARED[capability]
     print(f"{'kernel':18}{'case':34}{'registers':>10}{'spilled':>9}{'shared':>9}")
     for case, call in cases(capability).items():
         if only in case:

@@ -178,7 +178,7 @@ def _attend_parts(
 
 
 @triton.jit(do_not_specialize=["num_parts", "window"])
-def _add_parts(
+def _merge_parts(
     out,
     part_sums,
     part_mass,
@@ -471,7 +471,7 @@ def _decode(out: torch.Tensor, call: _Call, batch: AttentionBatch, tile: Tile, m
         num_stages=tile.stages,
     )
     if parts > 1:
-        _add_parts[(*shape[:2], most_queries * call.group)](
+        _merge_parts[(*shape[:2], most_queries * call.group)](
             out,
             sums,
             mass,

@@ -10,7 +10,7 @@ from octavo.kernels.triton.attention_tile import PRECISION, find_sequence, fold
 LOG2_E = 1.4426950408889634
 # Bytes of an element → (padded head size up to, queries of a program, KV positions of a step, warps, stages).
 TILES = {
-    2: ((64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (256, 64, 32, 4, 2)),
+    2: ((64, 64, 64, 4, 3), (128, 64, 64, 4, 2), (256, 64, 32, 4, 2)),
     4: ((64, 64, 32, 4, 2), (128, 32, 32, 4, 2), (256, 32, 16, 8, 2)),
 }
 

@@ -79,14 +79,14 @@ def layers() -> None:
 
 
 def attention() -> None:
-    """A sequence of one token beside one of many; caches in 8 bits."""
+    """A sequence of one token beside one of many, contexts long enough to be split; caches in 8 bits."""
     batch = AttentionBatch(
-        block_tables=torch.zeros(2, 8, dtype=torch.int32),
+        block_tables=torch.zeros(2, 32, dtype=torch.int32),
         query_start=torch.tensor([0, 1, 31], dtype=torch.int32),
-        context_lens=torch.tensor([40, 40], dtype=torch.int32),
+        context_lens=torch.tensor([500, 500], dtype=torch.int32),
         slot_mapping=torch.zeros(31, dtype=torch.int64),
         max_query_len=30,
-        max_context_len=40,
+        max_context_len=500,
     )
     query, key = (torch.zeros(31, heads, 128, dtype=torch.bfloat16) for heads in (8, 2))
     keys, values = torch.zeros(2, 16, 2, 16, 132, dtype=torch.int8)
