@@ -37,7 +37,7 @@ def _grouped_matmul(
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)
     each = tl.arange(0, ALL)
     starts = tl.load(offsets + each, mask=each < experts, other=0)
     counts = tl.load(offsets + each + 1, mask=each < experts, other=0) - starts
@@ -48,7 +48,7 @@ def _grouped_matmul(
         within = tile - tl.sum(tl.where(each < expert, tiles, 0))
         last = tl.load(offsets + expert + 1)
         row = tl.load(offsets + expert) + within * ROWS + tl.arange(0, ROWS)
-        output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+        output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
         place = tl.arange(0, STEP)
         there, here = (output < outputs)[:, None], (row < last)[None, :]
         start = expert.to(tl.int64) * outputs * inputs
@@ -77,7 +77,7 @@ def grouped_linear(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
     tile = next(tile for most, tile in TILES if rows <= most * experts)
     # Each expert that has rows may have one tile that is not full.
     most = rows // tile.rows + min(rows, experts)
-    _grouped_matmul[(triton.cdiv(outputs, tile.outputs), most)](
+    _grouped_matmul[(most, triton.cdiv(outputs, tile.outputs))](
         out,
         x,
         weights,

@@ -15,9 +15,9 @@ from octavo.kernels.triton.splits import Tile, add_parts, cut
 
 # (most rows, tile): to be tuned on an H100 and an H200.
 TILES = (
-    (16, Tile(16, 64, 4, 5)),
-    (32, Tile(32, 64, 4, 4)),
-    (64, Tile(64, 128, 4, 4)),
+    (16, Tile(16, 64, 4, 5, programs=4)),
+    (32, Tile(32, 64, 4, 4, programs=4)),
+    (64, Tile(64, 128, 4, 4, programs=2)),
     (1 << 40, Tile(128, 128, 8, 3)),
 )
 STEP = 128  # inputs per step, where groups do not ask for fewer
@@ -44,8 +44,8 @@ def _scaled_matmul(
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     part = tl.program_id(2)
     place = tl.arange(0, STEP)
     there, here = (output < outputs)[:, None], (row < rows)[None, :]

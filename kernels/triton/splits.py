@@ -13,18 +13,21 @@ import triton
 import triton.language as tl
 
 TILE = 1024  # outputs that a program adds up
-WAVES = 2  # programs per processor that a product of few rows is cut into
 FEWEST_STEPS = 4  # of a part
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program computes, and how. rows, outputs: powers of two, at least 16."""
+    """What a program computes, and how. rows, outputs: powers of two, at least 16.
+
+    programs: that a processor runs at once, into as many of which products of few outputs are cut.
+    """
 
     rows: int
     outputs: int
     warps: int
     stages: int
+    programs: int = 1
 
     def stages_of(self, step_bytes: int, device: torch.device) -> int:
         """As many as fit, of so many bytes each, with as much again for other uses as the last one takes."""
@@ -33,7 +36,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A grid over [rows, outputs] × parts of the inputs. steps: of each part."""
+    """A grid over rows × outputs × parts of the inputs. steps: of each part."""
 
     tile: Tile
     grid: tuple[int, int, int]
@@ -47,8 +50,9 @@ class Cut:
 def cut(tiles: tuple[tuple[int, Tile], ...], rows: int, outputs: int, steps: int, device: torch.device) -> Cut:
     """tiles: (most rows, tile), ascending; the last is for all. steps: how often a program would add to its sums."""
     tile = next((tile for most, tile in tiles if rows <= most), tiles[-1][1])
-    grid = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, tile.rows)
-    parts = max(1, min(WAVES * processors(device) // (grid[0] * grid[1]), steps // FEWEST_STEPS))
+    # Programs of the same outputs follow one another: their weights are read from memory once.
+    grid = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
+    parts = max(1, min(tile.programs * processors(device) // (grid[0] * grid[1]), steps // FEWEST_STEPS))
     each = triton.cdiv(steps, parts)
     return Cut(tile, (*grid, triton.cdiv(steps, each)), each)
 
