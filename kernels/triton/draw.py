@@ -22,6 +22,7 @@ import triton.language as tl
 from octavo.kernels.sampling import BLOCK, Draws, Peaks
 from octavo.kernels.triton.block_sums import gaps_of, sum_blocks, weights_of
 from octavo.kernels.triton.peaks import check_logits
+from octavo.kernels.triton.upload import upload
 
 PIECE = 512  # logits that a search looks at together
 BLOCKS = 16  # that are collected together
@@ -232,7 +233,7 @@ def draw(logits: torch.Tensor, peaks: Peaks, draws: Draws) -> torch.Tensor:
     check_logits(logits)
     vocab = logits.shape[1]
     filtered = bool(((draws.top_k < vocab) | (draws.min_p > 0) | (draws.top_p < 1)).any())
-    return draw_rows(logits, peaks, torch.from_numpy(numbers_of(draws)).to(logits.device, non_blocking=True), filtered)
+    return draw_rows(logits, peaks, upload(numbers_of(draws), logits.device), filtered)
 
 
 def draw_rows(logits: torch.Tensor, peaks: Peaks, numbers: torch.Tensor, filtered: bool) -> torch.Tensor:
