@@ -108,8 +108,8 @@ class Sampler:
     def _take(
         self, raw: torch.Tensor, drawn: torch.Tensor, asking: Ints, rows: Rows, state: SamplingState
     ) -> tuple[_Taken, ...]:
-        """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary, or for tokens of their
-        choice, are taken apart."""
+        """raw: [len(asking), V], the asking rows' logits. Rows that ask for the whole vocabulary, or for tokens of
+        their choice, are taken apart."""
         result = []
         ks, vocab_size = rows.logprobs[asking], raw.shape[1]
         choosing = _members(rows.slots[asking], state.candidates)
