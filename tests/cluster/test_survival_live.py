@@ -28,7 +28,7 @@ from octavo.engine.types import Request
 
 pytestmark = pytest.mark.live
 
-ARGS = {"model": "fake", "num_replicas": 2, "num_cpus": 0, "drain_timeout_s": 2, "hang_timeout_s": 2}
+ARGS = {"model": "fake", "num_replicas": 2, "num_cpus": 0, "drain_timeout_s": 4, "hang_timeout_s": 2}
 ENGINE = "engine-fake"
 LENGTH = 2000
 RESUMED: list[float] = []  # when a request of the test at hand was submitted again
