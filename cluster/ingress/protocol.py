@@ -162,14 +162,10 @@ class Beyond:
     within_context: bool = False
 
 
-class GenerationBody(Body):
-    """What completions and chat completions have in common."""
-
-    _beyond: Beyond = PrivateAttr(default=Beyond())
+class DrawnBody(Body):
+    """What every request that draws tokens may say, whichever vendor's API it comes by."""
 
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -180,23 +176,33 @@ class GenerationBody(Body):
     seed: int | None = None
     stop: Texts = None
     stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
-    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+
+class GenerationBody(DrawnBody):
+    """What completions and chat completions have in common."""
+
+    _beyond: Beyond = PrivateAttr(default=Beyond())
+
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    include_stop_str_in_output: bool | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    spaces_between_special_tokens: bool | None = None
     allowed_token_ids: list[int] | None = None
     logprob_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
     request_id: str | None = None
     session_id: str | None = None
     use_beam_search: bool | None = None
@@ -208,7 +214,6 @@ class GenerationBody(Body):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
     structural_tag: str | dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | bool | None = None
     guided_regex: str | None = None

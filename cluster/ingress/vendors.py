@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from octavo.cluster.ingress.protocol import Beyond, Body, ChatBody, Texts, body_of
+from octavo.cluster.ingress.protocol import Beyond, ChatBody, DrawnBody, body_of
 from octavo.engine.errors import RequestError
 
 
@@ -22,29 +22,10 @@ def objects(value: Any) -> list[dict[str, Any]]:
     return value
 
 
-class VendorBody(Body):
+class VendorBody(DrawnBody):
     """Fields beyond the vendor's own; they mean what they mean in chat completions."""
 
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: Texts = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    skip_special_tokens: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
-    structured_outputs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
 
     def chat_body(self, values: Mapping[str, Any]) -> ChatBody:
         """The chat body with these values and, unless they are among them, the fields above."""

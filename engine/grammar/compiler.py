@@ -79,7 +79,11 @@ def _compile_json(spec: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
         schema: Any = {"type": "object"} if spec.json is None else json.loads(spec.json)
     except (ValueError, RecursionError) as error:
         raise _refusal(spec, f"it is no JSON: {error}") from None
-    if not isinstance(schema, (dict, bool)):
+    if schema is True:
+        schema = {}
+    if schema is False:
+        raise _refusal(spec, "there is no output that it allows")
+    if not isinstance(schema, dict):
         raise _refusal(spec, "a JSON Schema is an object, true or false")
     options = _json_options(spec)
     _narrow_formats(schema)
@@ -88,13 +92,20 @@ def _compile_json(spec: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
     for _ in range(32):
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), defaults=options)
         try:
-            return _matcher(grammar, tokenizer)
+            matcher = _matcher(grammar, tokenizer)
+            return _matcher(_after_thought(schema, options), tokenizer) if spec.begins_after else matcher
         except _Fault as fault:
             # Formats that are not known say nothing (JSON Schema 2020-12, 7.2.1).
             if (unknown := _UNKNOWN_FORMAT.fullmatch(fault.reason)) is None or not _drop_format(schema, unknown[1]):
                 where = pointer_of_fault(schema, fault.reason, lambda part: _reason(part, options))
                 raise _refusal(spec, fault.reason, where) from None
     raise _refusal(spec, "it has too many formats that are not known")
+
+
+def _after_thought(schema: dict[str, Any], options: Any) -> str:
+    """The same behind a line or two, which models leave between a thought and what follows it."""
+    body = json.dumps({"x-guidance": options, **schema}, ensure_ascii=False)
+    return LLMatcher.grammar_from_lark(f"start: SPACE? form\nSPACE: /[ \\t\\r\\n]{{1,8}}/\nform: %json {body}")
 
 
 def _json_options(spec: StructuredOutputs) -> Any:

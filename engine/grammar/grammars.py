@@ -45,17 +45,16 @@ class CompiledGrammars:
         self._chars = 0
 
     def compile(self, spec: StructuredOutputs) -> Future[Grammar]:
-        key = spec.replace(begins_after=()) if spec.begins_after else spec
-        found = self._kept.get(key)
+        found = self._kept.get(spec)
         if found is None:
             if self._workers is None:
                 self._workers = _Workers()
-            found = self._kept[key] = self._workers.submit(lambda: self._compile(key))
-            self._chars += key.num_chars
+            found = self._kept[spec] = self._workers.submit(lambda: self._compile(spec))
+            self._chars += spec.num_chars
             while len(self._kept) > 1 and (len(self._kept) > MAX_KEPT or self._chars > MAX_KEPT_CHARS):
                 old, _ = self._kept.popitem(last=False)
                 self._chars -= old.num_chars
-        self._kept.move_to_end(key)
+        self._kept.move_to_end(spec)
         return found
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ class StructuredOutputs:
     properties but those their schema names, unless it speaks of others. whitespace_pattern: a regular expression for
     the white space between tokens of JSON; by default that is a little, never without end.
     begins_after: token ids; the form holds for what follows their first occurrence in the output (a model that thinks
-    first), and all else is free. Empty = from the beginning.
+    first), and all else is free; JSON may then come behind a line or two. Empty = from the beginning.
 
     Raises RequestError, naming the field, unless it is exactly one form of the right type.
     """

@@ -11,10 +11,13 @@ from launchers import Threads
 
 from octavo.engine.build import Phases, assemble, build_engine
 from octavo.engine.config import EngineConfig
+from octavo.engine.grammar.compiler import compile_form
 from octavo.engine.grammar.spec import StructuredOutputs
+from octavo.engine.grammar.tokens import grammar_tokenizer
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.params import SamplingParams
 from octavo.engine.process.ranks import Deadlines, Ranks
+from octavo.engine.text.byte_tokenizer import ByteTokenizer
 from octavo.engine.types import Request, Resumed
 
 OPTIONS = {
@@ -145,6 +148,19 @@ def test_it_goes_on_elsewhere_from_any_token(random_model, alone):
         whole, at = name.split("-")
         assert (alone[whole, 0][0][: int(at)] + tokens, reason) == alone[whole, 0]
     core.close()
+
+
+@pytest.mark.parametrize(("begins_after", "gap"), [((), ""), ((9,), ""), ((9,), "\n\n")])
+@pytest.mark.parametrize("spec", [StructuredOutputs(json=True), StructuredOutputs(json={"type": "array"})])
+def test_json_behind_a_thought_may_leave_a_line_or_two(spec, begins_after, gap):
+    tokenizer = ByteTokenizer()
+    for_grammars = grammar_tokenizer(tokenizer, tokenizer.vocab_size, tuple(tokenizer.eos_token_ids))
+    matcher = compile_form(spec.replace(begins_after=begins_after), for_grammars)
+    text = f"{gap}[1, 2]".encode()
+    assert matcher.try_consume_tokens(list(text)) == len(text)
+    assert matcher.is_accepting()
+    beginning = compile_form(spec.replace(begins_after=begins_after), for_grammars)
+    assert (beginning.try_consume_tokens(list(b"\n[")) == 2) is bool(begins_after)
 
 
 def test_the_form_begins_after_what_it_waits_for(random_model):
