@@ -19,8 +19,12 @@ LOWEST_LOGPROB = -9999.0
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
+    """Never more than one line, whatever a client takes for the end of one."""
+    text = _encode(body)
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS)
     # surrogatepass never happens for text of ours; "replace" keeps a client's odd header or name from becoming a 500
-    return _encode(body).encode("utf-8", "replace")
+    return text.encode("utf-8", "replace")
 
 
 def event(body: Mapping[str, Any]) -> bytes:

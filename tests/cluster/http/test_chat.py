@@ -5,6 +5,8 @@ import json
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from octavo.cluster.ingress.replies import event as to_event
+
 HI = [{"role": "user", "content": "Hi"}]
 HI_TEXT = "<|bos|><|start|>user\nHi<|end|>\n<|start|>assistant\n"
 
@@ -155,3 +157,10 @@ async def test_tokenize_and_back(harness):
     assert plain["tokens"] == [104, 0xC3, 0xA9]
     assert back == {"prompt": HI_TEXT}
     assert neither.status_code == 400
+
+
+def test_an_event_is_one_line_to_every_client():
+    text = "a\u0085b\u2028c\u2029d\x1ce\nf é"
+    event = to_event({"text": text}).decode()
+    (line,) = event.removesuffix("\n\n").splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
