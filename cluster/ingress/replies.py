@@ -17,6 +17,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 # JSON has no infinities; vLLM uses the same floor.
 LOWEST_LOGPROB = -9999.0
 
+# Characters above ASCII at which `str.splitlines`, and with it many a client's reading of lines, ends a line.
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
 
 def to_json(body: Mapping[str, Any]) -> bytes:
     """Never more than one line, whatever a client takes for the end of one."""
