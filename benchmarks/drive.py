@@ -16,10 +16,9 @@ from metrics import Timing
 from octavo.engine.assets import tokenizer_of
 from octavo.engine.build import Engine, build_engine
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import MaskSource, StepPlan, StepResult, TokenMasks
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
-from octavo.engine.process.masks import MaskSource
 from octavo.engine.requests import make_request
 from octavo.engine.text.tokenizer import Tokenizer
 from octavo.engine.types import TokenDelta

@@ -12,9 +12,11 @@ token is not the one that needs it first; there a row waits until its token is k
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
+from octavo.engine.errors import StepError
 from octavo.engine.params import SamplingParams
 from octavo.engine.pooling.params import PoolingParams
 from octavo.engine.types import TokenLogprobs
@@ -116,3 +118,18 @@ class StepResult:
     step_id: int
     rows: tuple[RowResult, ...]
     seconds: float = 0.0
+
+
+class MaskSource(Protocol):
+    def take(self, step_id: int) -> TokenMasks:
+        """The masks of that step, when they are there. Raises if they never will be. Steps ask in their order."""
+
+
+class NoMasks:
+    """For plans without masked rows."""
+
+    def take(self, step_id: int) -> TokenMasks:
+        raise StepError(f"Step {step_id} has masked rows, but no masks come here.")
+
+
+NO_MASKS = NoMasks()

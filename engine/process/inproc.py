@@ -14,9 +14,9 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import MaskSource, StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import OctavoError, StepError
-from octavo.engine.process.masks import MaskBox, MaskSource
+from octavo.engine.process.masks import MaskBox
 from octavo.engine.types import RankStatus
 
 

@@ -6,27 +6,11 @@ Knows when to wait and how long. Does not know what masks say.
 from __future__ import annotations
 
 import queue
-from typing import Protocol
 
 from octavo.engine.core.plan import TokenMasks
 from octavo.engine.errors import StepError
 
 WAIT_S = 60.0  # for masks, from when a step needs them; they are made in milliseconds
-
-
-class MaskSource(Protocol):
-    def take(self, step_id: int) -> TokenMasks:
-        """The masks of that step, when they are there. Raises if they never will be. Steps ask in their order."""
-
-
-class NoMasks:
-    """For plans without masked rows."""
-
-    def take(self, step_id: int) -> TokenMasks:
-        raise StepError(f"Step {step_id} has masked rows, but no masks come here.")
-
-
-NO_MASKS = NoMasks()
 
 
 class MaskBox:

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from octavo.engine.build import Phases
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import MaskSource, StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
 from octavo.engine.process.channel import ChannelClosed, Line, dial
 from octavo.engine.process.inproc import Executes
-from octavo.engine.process.masks import MaskSource
 from octavo.engine.process.watchdog import BEAT_S, STARTING_S, Watchdog
 from octavo.engine.types import EngineInfo
 

@@ -28,7 +28,8 @@ from octavo.engine.parallel.mesh import Mesh
 from octavo.engine.pooling.build import pooling_info, sentence_folder
 from octavo.engine.pooling.worker import Pooler, activation_of
 from octavo.engine.process.inproc import InProcess, rank_thread
-from octavo.engine.process.rank import STARTING_S, RankSpec
+from octavo.engine.process.rank import RankSpec
+from octavo.engine.process.watchdog import STARTING_S
 from octavo.engine.process.wire import Begin
 from octavo.engine.quant.gather import stored_matrices
 from octavo.engine.quant.methods import choose_methods

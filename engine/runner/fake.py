@@ -15,11 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import MaskSource, Row, RowResult, StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import ConfigError
 from octavo.engine.params import SamplingParams
 from octavo.engine.pooling.params import PoolingParams
-from octavo.engine.process.masks import MaskSource
 from octavo.engine.runner.fake_choice import choose
 from octavo.engine.types import RankStatus, TokenLogprobs
 

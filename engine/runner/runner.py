@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from msgspec import structs
 
-from octavo.engine.core.plan import Row, RowResult, StepPlan, StepResult
+from octavo.engine.core.plan import NO_MASKS, MaskSource, Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.parallel.mesh import Group
 from octavo.engine.pooling.worker import Pooler
-from octavo.engine.process.masks import NO_MASKS, MaskSource
 from octavo.engine.runner.buffers import Buffers, StepInputs
 from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool
