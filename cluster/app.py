@@ -114,6 +114,7 @@ class IngressHost(RpcHost):
         self._config = config
         self._engines = engines
         self._receiver = TokenReceiver(note_broken)
+        self._clients: list[ServeEngineClient] = []
         self._tracer = make_tracer(config.otlp_traces_endpoint)
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -129,7 +130,9 @@ class IngressHost(RpcHost):
         return app
 
     async def __del__(self) -> None:
-        if hasattr(self, "_receiver"):
+        if hasattr(self, "_clients"):
+            for client in self._clients:
+                await client.close()
             await self._receiver.stop()
         if hasattr(self, "_ray_metrics"):
             self._ray_metrics.close()
@@ -145,6 +148,7 @@ class IngressHost(RpcHost):
         fleet = Fleet(make_policy(model.routing.policy), model.routing.max_index_blocks, metrics)
         client = ServeEngineClient(engine, self._receiver, fleet)
         client.start(model.may_be_away)
+        self._clients.append(client)
         is_stopping = drain_flag()
         lasting = FailoverClient(
             client,

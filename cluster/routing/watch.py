@@ -33,6 +33,7 @@ class Watch:
         self._next: dict[str, int] = {}  # replica → the sequence of its next block changes; without: not in step
         self._subscribing: dict[str, asyncio.Task[None]] = {}
         self._upkeep = asyncio.create_task(self._keep_up(), name="fleet-upkeep")
+        self._is_closed = False
 
     def replicas_changed(self, replicas: Mapping[str, bool]) -> None:
         """The replicas there are, and whether each is on this node. Decisions take it into account at once."""
@@ -64,6 +65,10 @@ class Watch:
             self._start_subscribing(replica)
 
     async def close(self) -> None:
+        """Ask no replica any more. To be called before an ingress ends: a call of a process that dies meanwhile holds up
+        those of all others at that replica, for up to 2 s (Ray 2.60).
+        """
+        self._is_closed = True
         tasks = [self._upkeep, *self._subscribing.values()]
         for task in tasks:
             task.cancel()
@@ -80,7 +85,7 @@ class Watch:
 
     def _start_subscribing(self, replica: str) -> None:
         standing = self._subscribing.get(replica)
-        if standing is None or standing.done():
+        if not self._is_closed and (standing is None or standing.done()):
             self._subscribing[replica] = asyncio.create_task(self._keep_subscribing(replica))
 
     async def _keep_subscribing(self, replica: str) -> None:
