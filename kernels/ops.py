@@ -182,6 +182,12 @@ class Draw(Protocol):
         """
 
 
+class DrawRows(Protocol):
+    def __call__(self, logits: torch.Tensor, peaks: Peaks, numbers: torch.Tensor, filtered: bool) -> torch.Tensor:
+        """As `Draw`, of numbers [6, N] float64 that are on the device already (see `Draws.numbers`): a graph reads them
+        anew in every replay. filtered: see `Draws.filtered`; True is always right, False saves time."""
+
+
 class TakeLogprobs(Protocol):
     def __call__(self, logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Logprobs:
         """Log-softmax of logits [N, V] float32 contiguous at token_ids [N] int64 and at the k most likely tokens,
@@ -234,6 +240,7 @@ class Ops:
     draw: Draw
     take_logprobs: TakeLogprobs
     batch_invariant: bool = False  # every op's bits for a row are independent of the other rows
+    draw_rows: DrawRows | None = None  # of the body that `draw` is from; None: it has none
     record: Record | None = None  # of the body that `linear` is from; None: it cannot
     bodies: tuple[tuple[str, str], ...] = ()  # (op, body) as chosen, for the start-up table
 
@@ -254,7 +261,7 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None, c
     bodies = [(name, body) for name in dict.fromkeys(names) if (body := _body(name, cpu_isa)) is not None]
     chosen: dict[str, Callable[..., object]] = {}
     took: list[tuple[str, str]] = []
-    for op in (f.name for f in fields(Ops) if f.name not in ("batch_invariant", "record", "bodies")):
+    for op in (f.name for f in fields(Ops) if f.name not in ("batch_invariant", "draw_rows", "record", "bodies")):
         for name, body in bodies:
             if body.available(device, dtype) and hasattr(body, op):
                 chosen[op] = getattr(body, op)
@@ -262,9 +269,10 @@ def select(device: torch.device, dtype: torch.dtype, force: str | None = None, c
                 break
     log.debug("kernel bodies: %s", took)
     used = [body for name, body in bodies if name in dict(took).values()]
+    draw_rows = getattr(dict(bodies)[dict(took)["draw"]], "draw_rows", None)
     record = getattr(dict(bodies)[dict(took)["linear"]], "record", None)
     invariant = all(getattr(body, "batch_invariant", False) for body in used)
-    return Ops(**chosen, batch_invariant=invariant, record=record, bodies=tuple(took))  # type: ignore[arg-type]
+    return Ops(**chosen, batch_invariant=invariant, draw_rows=draw_rows, record=record, bodies=tuple(took))  # type: ignore[arg-type]
 
 
 def _body(name: str, cpu_isa: str | None) -> Any:

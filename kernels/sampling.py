@@ -57,6 +57,20 @@ class Draws:
     min_p: Floats
     uniforms: Floats
 
+    def numbers(self) -> Floats:
+        """[6, N]: a row each for rows, 1 / temperature and the largest gap that min_p keeps (both as float32 has them),
+        top_k, top_p and uniforms: what a body on a device reads.
+        """
+        with np.errstate(divide="ignore"):  # min_p 0 keeps every gap
+            max_gap = -np.log(self.min_p) * self.temperature
+        scale = 1.0 / self.temperature
+        as_float32 = (column.astype(np.float32) for column in (scale, max_gap))
+        return np.stack([self.rows, *as_float32, self.top_k, self.top_p, self.uniforms]).astype(np.float64)
+
+    def filtered(self, vocab: int) -> bool:
+        """Whether any row may not draw every token."""
+        return bool(((self.top_k < vocab) | (self.min_p > 0) | (self.top_p < 1)).any())
+
     def pick(self, which: npt.NDArray[np.bool_] | Ints) -> Draws:
         return Draws(
             self.rows[which],

@@ -13,7 +13,8 @@ from triton import knobs
 from octavo.kernels.triton.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.triton.attention import paged_attention
 from octavo.kernels.triton.cache import copy_blocks, write_kv
-from octavo.kernels.triton.draw import draw
+from octavo.kernels.triton.draw import draw, draw_rows
+from octavo.kernels.triton.graph import record
 from octavo.kernels.triton.linear import embedding, linear, pack_linear
 from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "available",
     "copy_blocks",
     "draw",
+    "draw_rows",
     "embedding",
     "find_peaks",
     "gelu_tanh",
@@ -35,6 +37,7 @@ __all__ = [
     "mask_logits",
     "pack_linear",
     "paged_attention",
+    "record",
     "rms_norm",
     "rotary",
     "row_attention",

@@ -14,7 +14,6 @@ which their ascending count or weight reaches what is asked for is found digit b
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -129,7 +128,7 @@ def _find_limits(
     logits,  # [R, vocab]
     maxima,  # [R, blocks]
     tops,  # [R]
-    numbers,  # [6, N] float64, as `numbers_of` says
+    numbers,  # [6, N] float64, as `Draws.numbers` says
     count,
     vocab,
     blocks,
@@ -179,7 +178,7 @@ def _find_tokens(
     limits,  # [N]
     logits,  # [R, vocab]
     tops,  # [R]
-    numbers,  # [6, N] float64, as `numbers_of` says
+    numbers,  # [6, N] float64, as `Draws.numbers` says
     count,
     vocab,
     blocks,
@@ -218,29 +217,13 @@ def _find(masses, target, COUNT: tl.constexpr):
     return found, target - tl.max(tl.where(place < found, edges, 0.0))
 
 
-def numbers_of(draws: Draws) -> np.ndarray:
-    """[6, N] float64 of the host: a row each for rows, 1 / temperature and the largest gap that min_p keeps (both as
-    float32 has them), top_k, top_p and uniforms.
-    """
-    with np.errstate(divide="ignore"):  # min_p 0 keeps every gap
-        max_gap = -np.log(draws.min_p) * draws.temperature
-    scale = 1.0 / draws.temperature
-    as_float32 = (column.astype(np.float32) for column in (scale, max_gap))
-    return np.stack([draws.rows, *as_float32, draws.top_k, draws.top_p, draws.uniforms]).astype(np.float64)
-
-
 def draw(logits: torch.Tensor, peaks: Peaks, draws: Draws) -> torch.Tensor:
     check_logits(logits)
-    vocab = logits.shape[1]
-    filtered = bool(((draws.top_k < vocab) | (draws.min_p > 0) | (draws.top_p < 1)).any())
-    return draw_rows(logits, peaks, upload(numbers_of(draws), logits.device), filtered)
+    return draw_rows(logits, peaks, upload(draws.numbers(), logits.device), draws.filtered(logits.shape[1]))
 
 
 def draw_rows(logits: torch.Tensor, peaks: Peaks, numbers: torch.Tensor, filtered: bool) -> torch.Tensor:
-    """[N] int64 on the device. numbers: `numbers_of` the draws, on the device: a graph reads them anew in every replay.
-
-    filtered: whether any row may be; False saves two launches. Takes scratch of N rows of V where it is True.
-    """
+    """Takes scratch of N rows of V where `filtered` is True."""
     count, vocab, blocks, device = numbers.shape[1], logits.shape[1], peaks.maxima.shape[1], logits.device
     token_ids = torch.empty(count, dtype=torch.int64, device=device)
     if not count:

@@ -11,7 +11,7 @@ import torch
 
 from octavo.kernels import ref
 from octavo.kernels.sampling import Draws, Masks
-from octavo.kernels.triton.draw import draw, draw_rows, numbers_of
+from octavo.kernels.triton.draw import draw, draw_rows
 from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.peaks import find_peaks
 from octavo.kernels.triton.take_logprobs import take_logprobs
@@ -120,7 +120,7 @@ def test_what_a_graph_reads_anew() -> None:
     peaks, numbers = find_peaks(logits), torch.empty(6, 3, dtype=torch.float64, device=DEVICE)
     for top_k in ([5, ALL], ALL):
         draws = draws_of(rng, 3, 1.0, top_k, 1.0, 0.0)
-        numbers.copy_(torch.from_numpy(numbers_of(draws)))
+        numbers.copy_(torch.from_numpy(draws.numbers()))
         assert torch.equal(draw_rows(logits, peaks, numbers, filtered=True), ref.draw(logits, peaks, draws))
 
 
