@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import Device, measure_device, seconds_of, sets_of
 from report import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,20 +38,25 @@ from octavo.kernels.ops import AttentionBatch
 HEADS, KV_HEADS, HEAD_SIZE, WIDTH, FFN, BLOCK_SIZE = 32, 8, 128, 4096, 14336, 16  # Llama 3.1 8B
 # Of an element, absolute and relative; and of the whole, which says more where long contexts make small numbers.
 TOLERANCE = {torch.float32: (2e-5, 1e-5), torch.bfloat16: (1.6e-2, 1e-2)}
-SETS_BYTES = 1 << 28  # of the tensors that calls rotate through: several times an L2 cache
-MOST_SETS = 32
-REPLAYS = 15
 
 Arguments = tuple[Any, ...]
 Op = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Device:
-    """Measured: bytes/s of a copy, floating point operations/s of a bfloat16 matmul."""
+class Layer:
+    """Where tensors are, and the sizes of a model's layer."""
 
-    copy: float
-    matmul: float
+    heads: int = HEADS
+    kv_heads: int = KV_HEADS
+    head_size: int = HEAD_SIZE
+    width: int = WIDTH
+    ffn: int = FFN
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+
+
+LLAMA = Layer()
 
 
 @dataclass(frozen=True)
@@ -84,34 +89,6 @@ class Result:
     ratio: float | None
     rival: str | None
     goal: float | None
-
-
-def seconds(calls: Sequence[Callable[[], Any]]) -> float:
-    """Median time of one of the calls, which are captured in a graph together."""
-    for call in calls:  # compiles
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times: list[float] = []
-    for _ in range(REPLAYS + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
-    return median(times[3:])
-
-
-def measure_device() -> Device:
-    source = torch.zeros(1 << 29, dtype=torch.int32, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / seconds([partial(target.copy_, source)])
-    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
-    return Device(copy, 2 * 8192**3 / seconds([partial(torch.matmul, a, b)] * 4))
 
 
 def attention(
@@ -147,31 +124,41 @@ def attention(
 
 def sdpa_of(arguments: Arguments) -> list[tuple[str, Callable[[], Any]]]:
     """Calls of torch's attention for one whole prompt of the same shape, one per backend."""
-    length = len(arguments[0])
-    query, key, value = torch.randn(3, 1, HEADS, length, HEAD_SIZE, device="cuda").bfloat16()
+    (length, heads, head_size), like = arguments[0].shape, arguments[0]
+    query, key, value = torch.randn(3, 1, heads, length, head_size, device=like.device).to(like.dtype)
 
     def call(backend: SDPBackend) -> Any:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    if like.device.type == "cpu":
+        backends = (SDPBackend.MATH,)
     return [(backend.name, partial(call, backend)) for backend in backends]
 
 
 def attention_case(
-    name: str, rows: Sequence[tuple[int, int]], kv_dtype: torch.dtype = torch.bfloat16, goal: float | None = None
+    name: str,
+    rows: Sequence[tuple[int, int]],
+    kv_dtype: torch.dtype | None = None,
+    goal: float | None = None,
+    layer: Layer = LLAMA,
 ) -> Case:
-    """Measured by bytes of KV where all rows have one query, else by floating point operations."""
-    make = partial(attention, rows, kv_dtype, "cuda", torch.bfloat16, (HEADS, KV_HEADS, HEAD_SIZE))
-    shape = f"{name} {str(kv_dtype).removeprefix('torch.')}"
+    """Measured by bytes of KV where all rows have one query, else by floating point operations. kv_dtype: None = as the
+    queries."""
+    stored = kv_dtype or layer.dtype
+    heads, kv_heads, head_size = sizes = layer.heads, layer.kv_heads, layer.head_size
+    make = partial(attention, rows, stored, layer.device, layer.dtype, sizes)
+    shape = f"{name} {str(stored).removeprefix('torch.')}"
     if all(length == 1 for length, _ in rows):
-        row_bytes = (HEAD_SIZE + 4) if kv_dtype.itemsize == 1 else HEAD_SIZE * kv_dtype.itemsize
-        kv = 2 * sum(context for _, context in rows) * KV_HEADS * row_bytes
-        return Case("paged_attention", shape, make, num_bytes=kv + 4 * len(rows) * HEADS * HEAD_SIZE, goal=goal)
+        row_bytes = (head_size + 4) if stored.itemsize == 1 else head_size * stored.itemsize
+        kv = 2 * sum(context for _, context in rows) * kv_heads * row_bytes
+        asked = 2 * layer.dtype.itemsize * len(rows) * heads * head_size
+        return Case("paged_attention", shape, make, num_bytes=kv + asked, goal=goal)
     seen = sum(length * context - length * (length - 1) // 2 for length, context in rows)
     whole = len(rows) == 1 and rows[0][0] == rows[0][1]
-    rival = sdpa_of if whole and kv_dtype == torch.bfloat16 else None
-    return Case("paged_attention", shape, make, flops=4 * seen * HEADS * HEAD_SIZE, goal=goal, rival=rival)
+    rival = sdpa_of if whole and kv_dtype is None else None
+    return Case("paged_attention", shape, make, flops=4 * seen * heads * head_size, goal=goal, rival=rival)
 
 
 def attention_cases() -> list[Case]:
@@ -193,39 +180,42 @@ def attention_cases() -> list[Case]:
     ]
 
 
-def row_cases(tokens: int, goal: float | None) -> list[Case]:
+def row_cases(tokens: int, goal: float | None, layer: Layer = LLAMA) -> list[Case]:
+    heads, kv_heads, head_size = layer.heads, layer.kv_heads, layer.head_size
+    size = layer.dtype.itemsize
+
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda").bfloat16()
+        return torch.randn(shape, device=layer.device).to(layer.dtype)
 
     def qkv() -> tuple[torch.Tensor, ...]:
-        return randn(tokens, HEADS + 2 * KV_HEADS, HEAD_SIZE).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        return randn(tokens, heads + 2 * kv_heads, head_size).split((heads, kv_heads, kv_heads), dim=1)
 
     def rotary() -> Arguments:
-        positions = torch.randint(0, 8192, (tokens,), device="cuda")
-        return (*qkv()[:2], positions, torch.randn(8192, HEAD_SIZE, device="cuda"))
+        positions = torch.randint(0, 8192, (tokens,), device=layer.device)
+        return (*qkv()[:2], positions, torch.randn(8192, head_size, device=layer.device))
 
     def write_kv(dtype: torch.dtype) -> Arguments:
         blocks = -(-tokens // BLOCK_SIZE)
-        row_size = HEAD_SIZE + (4 if dtype.itemsize == 1 else 0)
-        caches = torch.zeros(2, blocks, KV_HEADS, BLOCK_SIZE, row_size, dtype=dtype, device="cuda")
-        return (*qkv()[1:], *caches, torch.randperm(blocks * BLOCK_SIZE, device="cuda")[:tokens])
+        row_size = head_size + (4 if dtype.itemsize == 1 else 0)
+        caches = torch.zeros(2, blocks, kv_heads, BLOCK_SIZE, row_size, dtype=dtype, device=layer.device)
+        return (*qkv()[1:], *caches, torch.randperm(blocks * BLOCK_SIZE, device=layer.device)[:tokens])
 
-    weight, shape = randn(WIDTH), f"T={tokens}"
-    kv = tokens * KV_HEADS * HEAD_SIZE
+    weight, shape = randn(layer.width), f"T={tokens}"
+    kv, of_width = tokens * kv_heads * head_size, tokens * layer.width
     return [
-        Case("rms_norm", shape, lambda: (randn(tokens, WIDTH), weight, 1e-5), 4 * tokens * WIDTH, goal=goal),
+        Case("rms_norm", shape, lambda: (randn(tokens, layer.width), weight, 1e-5), 2 * size * of_width, goal=goal),
         Case(
             "add_rms_norm",
             shape,
-            lambda: (randn(tokens, WIDTH), randn(tokens, WIDTH), weight, 1e-5),
-            8 * tokens * WIDTH,
+            lambda: (randn(tokens, layer.width), randn(tokens, layer.width), weight, 1e-5),
+            4 * size * of_width,
             goal=goal,
             copies=True,
         ),
-        Case("rotary", shape, rotary, 4 * tokens * (HEADS + KV_HEADS) * HEAD_SIZE, goal=goal, copies=True),
-        Case("silu_and_mul", shape, lambda: (randn(tokens, 2 * FFN),), 6 * tokens * FFN, goal=goal),
-        Case("write_kv", f"{shape} bfloat16", partial(write_kv, torch.bfloat16), 8 * kv),
-        Case("write_kv", f"{shape} float8_e4m3fn", partial(write_kv, torch.float8_e4m3fn), 6 * kv),
+        Case("rotary", shape, rotary, 2 * size * tokens * (heads + kv_heads) * head_size, goal=goal, copies=True),
+        Case("silu_and_mul", shape, lambda: (randn(tokens, 2 * layer.ffn),), 3 * size * tokens * layer.ffn, goal=goal),
+        Case("write_kv", f"{shape} as it is", partial(write_kv, layer.dtype), 4 * size * kv),
+        Case("write_kv", f"{shape} float8_e4m3fn", partial(write_kv, torch.float8_e4m3fn), 2 * (size + 1) * kv),
     ]
 
 
@@ -252,15 +242,15 @@ def check(case: Case, op: Op) -> None:
 def measure(case: Case, op: Op, device: Device) -> Result:
     first = case.make()
     size = sum(x.nbytes for x in first if isinstance(x, torch.Tensor))
-    sets = [first] + [case.make() for _ in range(min(MOST_SETS, -(-SETS_BYTES // size)) - 1)]
-    took = seconds([partial(op, *some) for some in sets])
+    sets = [first] + [case.make() for _ in range(sets_of(size) - 1)]
+    took = seconds_of([partial(op, *some) for some in sets])
     rate, best, unit = (
         (case.flops / took, device.matmul, "TFLOP/s") if case.flops else (case.num_bytes / took, device.copy, "GB/s")
     )
     ratio, name = None, None
     for rival, call in case.rival(first) if case.rival else []:
         try:
-            theirs = seconds([call] * 4)
+            theirs = seconds_of([call] * 4)
         except RuntimeError as error:  # torch's way to say that a backend cannot
             print(f"  {rival}: {str(error).splitlines()[0][:90]}")
             continue

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,11 @@ if "--interpret" in sys.argv:  # read when triton is imported
 
 import torch
 import torch.nn.functional as F
+from gpu_timing import seconds_of, sets_of
 from report import save, show, table
 
 from octavo.kernels.matrix import Matrix
+from octavo.kernels.rounded import Rounding
 from octavo.kernels.triton.grouped_matmul import grouped_linear
 from octavo.kernels.triton.linear import linear, pack_linear
 from octavo.kernels.triton.quantize_rows import quantize_rows
@@ -41,10 +41,14 @@ LAYERS: dict[str, Shape] = {  # (outputs, inputs)
 ROWS = (1, 16, 64, 4096)
 SMALL: dict[str, Shape] = {"small": (192, 256)}
 SMALL_ROWS = (1, 20)
-EXPERTS, CHOSEN = (4, 2) if "--interpret" in sys.argv else (32, 4)  # of the grouped product
-L2_BYTES = 256 << 20  # more than any L2 cache holds
-# The interpreter multiplies the bits of bfloat16, not the numbers.
-DTYPE = torch.float16 if "--interpret" in sys.argv else torch.bfloat16
+Routing = tuple[int, int]  # experts, and how many of them a row goes to
+EXPERTS: Routing = (32, 4)
+SMALL_EXPERTS: Routing = (4, 2)
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """The interpreter multiplies the bits of bfloat16, not the numbers."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
 def float8(outputs: int, inputs: int, device: torch.device) -> torch.Tensor:
@@ -112,8 +116,7 @@ def check(x: torch.Tensor, matrix: Matrix) -> None:
     numbers = x.float()
     if matrix.bits == 8:
         kind = torch.float8_e4m3fn if matrix.values.dtype == torch.float8_e4m3fn else torch.int8
-        values, of_groups = quantize_rows(x, matrix.group_size, kind)
-        numbers = (values.float().unflatten(1, (-1, matrix.group_size)) * of_groups.unsqueeze(2)).flatten(1)
+        numbers = quantize_rows(x, Rounding(kind, matrix.group_size)).numbers()
     expected = numbers.double() @ matrix.dequantize().double().T
     error = (linear(x, pack_linear([matrix])).double() - expected).abs().amax(dim=1)
     assert (error <= 2**-7 * expected.abs().amax(dim=1)).all(), f"error {error.max():.3g}"
@@ -126,36 +129,11 @@ def check_experts(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor)
     assert ((actual - expected).abs().amax(dim=1) <= 2**-7 * expected.abs().amax(dim=1)).all()
 
 
-def seconds_of(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Median time of a call. All calls make one graph, so that no launch is waited for."""
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        calls[0]()
-        return time.perf_counter() - begin
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def measure_layer(layer: str, shape: Shape, rows: int, device: torch.device, repeats: int) -> list[Measured]:
     outputs, inputs = shape
-    x = torch.randn(rows, inputs, device=device).to(DTYPE)
+    x = torch.randn(rows, inputs, device=device).to(dtype_on(device))
     flops = 2.0 * rows * outputs * inputs
-    plain = [torch.randn(outputs, inputs, device=device).to(DTYPE) for _ in range(copies_of(2 * outputs * inputs))]
+    plain = [torch.randn(outputs, inputs, device=device).to(x.dtype) for _ in range(sets_of(2 * outputs * inputs))]
     plain_seconds = seconds_of([lambda weight=weight: F.linear(x, weight) for weight in plain], repeats)
     nbytes = plain[0].nbytes
     del plain
@@ -163,30 +141,28 @@ def measure_layer(layer: str, shape: Shape, rows: int, device: torch.device, rep
     for name, make in FORMS.items():
         matrix = make(outputs, inputs, device)
         check(x, matrix)
-        weights = [pack_linear([matrix]) for _ in range(copies_of(matrix.nbytes))]
+        weights = [pack_linear([matrix]) for _ in range(sets_of(matrix.nbytes))]
         seconds = seconds_of([lambda weight=weight: linear(x, weight) for weight in weights], repeats)
         found.append(Measured(name, layer, rows, seconds, flops, weights[0].nbytes, plain_seconds))
     return found
 
 
-def measure_experts(shape: Shape, rows: int, device: torch.device, repeats: int) -> list[Measured]:
-    """Every row goes to CHOSEN of EXPERTS experts, drawn at random; beside one plain product of as many rows."""
-    outputs, inputs = shape
-    chosen = torch.rand(rows, EXPERTS, device=device).topk(CHOSEN).indices.flatten()
-    counts = torch.bincount(chosen, minlength=EXPERTS)
+def measure_experts(
+    shape: Shape, rows: int, device: torch.device, repeats: int, routing: Routing = EXPERTS
+) -> list[Measured]:
+    """Every row goes to some of the experts, drawn at random; beside one plain product of as many rows."""
+    (outputs, inputs), (experts, each) = shape, routing
+    chosen = torch.rand(rows, experts, device=device).topk(each).indices.flatten()
+    counts = torch.bincount(chosen, minlength=experts)
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
-    x = torch.randn(rows * CHOSEN, inputs, device=device).to(DTYPE)
-    weights = torch.randn(EXPERTS, outputs, inputs, device=device).to(DTYPE)
+    x = torch.randn(rows * each, inputs, device=device).to(dtype_on(device))
+    weights = torch.randn(experts, outputs, inputs, device=device).to(x.dtype)
     check_experts(x, weights, offsets)
     plain = seconds_of([lambda: F.linear(x, weights[0])], repeats)
     seconds = seconds_of([lambda: grouped_linear(x, weights, offsets)], repeats)
     nbytes = int((counts > 0).sum()) * weights[0].nbytes
     flops = 2.0 * len(x) * outputs * inputs
-    return [Measured(f"{EXPERTS} experts, bf16", f"{outputs} × {inputs}", rows, seconds, flops, nbytes, plain)]
-
-
-def copies_of(nbytes: int) -> int:
-    return max(1, min(32, -(-L2_BYTES // nbytes))) if torch.cuda.is_available() else 1
+    return [Measured(f"{experts} experts, bf16", f"{outputs} × {inputs}", rows, seconds, flops, nbytes, plain)]
 
 
 def copy_rate(device: torch.device, repeats: int) -> float:
@@ -214,8 +190,8 @@ def main() -> None:
         for rows in options.rows or all_rows:
             for layer, shape in layers.items():
                 found += measure_layer(layer, shape, rows, device, options.repeats)
-            experts = (64, 128) if options.interpret else (1536, 2048)
-            found += measure_experts(experts, rows, device, options.repeats)
+            experts, routing = ((64, 128), SMALL_EXPERTS) if options.interpret else ((1536, 2048), EXPERTS)
+            found += measure_experts(experts, rows, device, options.repeats, routing)
     lines = table(("weights", "layer", "rows", "µs", "TFLOP/s", "× bf16", "GB/s of weights", "of copy"), left=2)
     for one in found:
         lines.add_row(
