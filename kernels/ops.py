@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from octavo.kernels.matrix import Matrix
+from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.sampling import Draws, Logprobs, Masks, Peaks
 
 log = logging.getLogger(__name__)
@@ -106,15 +107,26 @@ class CopyBlocks(Protocol):
 
 
 class RMSNorm(Protocol):
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [..., M] / rms(x) * weight [M], computed in float32, returned in x's dtype. weight may be float32."""
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
+    ) -> torch.Tensor | Rounded:
+        """x [..., M] / rms(x) * weight [M], computed in float32, returned in x's dtype. weight may be float32.
+
+        rounding: what the weight that multiplies with the result asks for (`RoundingOf`); x is [T, M], the result
+        Rounded: from the result in x's dtype, to the bit.
+        """
 
 
 class AddRMSNorm(Protocol):
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(x + residual), x + residual). May overwrite both inputs."""
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        rounding: Rounding | None = None,
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual). May overwrite both inputs. rounding: of the first, as RMSNorm's."""
 
 
 class Rotary(Protocol):
@@ -127,8 +139,8 @@ class Rotary(Protocol):
 
 
 class GatedActivation(Protocol):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, 2F] = (gate, up) → act(gate) * up: [T, F]."""
+    def __call__(self, x: torch.Tensor, rounding: Rounding | None = None) -> torch.Tensor | Rounded:
+        """x: [T, 2F] = (gate, up) → act(gate) * up: [T, F]. rounding: as RMSNorm's."""
 
 
 class Activation(Protocol):
@@ -142,8 +154,14 @@ class PackLinear(Protocol):
         `embedding` of the same body read. The matrices agree in their inputs and may differ in all else."""
 
 
+class RoundingOf(Protocol):
+    def __call__(self, weight: Packed, dtype: torch.dtype) -> Rounding | None:
+        """What `linear` of the same body rounds x of that dtype to before it multiplies with the weight, so that the op
+        before it may do so. None: nothing, or no single thing, or it would rather do that itself."""
+
+
 class Linear(Protocol):
-    def __call__(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | Rounded, weight: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, K] @ weight [N, K]ᵀ + bias [N] → [T, N] in x's dtype, float32 or bfloat16 whatever the weight's.
 
         Sums in float32. Weights of codes: x is rounded to 8 bits, symmetrically, one scale per row and group of the
@@ -151,7 +169,8 @@ class Linear(Protocol):
         exactly. A row that is not finite gives a row that is not finite.
 
         The body for GPUs rounds x as its engines do: with float8 weights to float8, with int8 weights as above, with
-        other codes not at all.
+        other codes not at all. An x that comes Rounded, as `rounding_of` the weight says, gives the same bits as if it
+        had been rounded here.
         """
 
 
@@ -233,6 +252,7 @@ class Ops:
     gelu_tanh_and_mul: GatedActivation
     gelu_tanh: Activation
     pack_linear: PackLinear
+    rounding_of: RoundingOf
     linear: Linear
     embedding: Embedding
     mask_logits: MaskLogits

@@ -197,6 +197,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm, self.self_attn = input_layernorm, self_attn
         self.post_attention_layernorm, self.mlp = post_attention_layernorm, mlp
+        self_attn.qkv_proj.fed_by(input_layernorm)
+        mlp.fed_by(post_attention_layernorm)
 
     def forward(
         self,
@@ -223,6 +225,8 @@ class SandwichLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = norms[0], norms[1]
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2], norms[3]
         self.self_attn, self.mlp = self_attn, mlp
+        self_attn.qkv_proj.fed_by(norms[0])
+        mlp.fed_by(norms[2])
 
     def forward(
         self,

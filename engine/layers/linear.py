@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.weight import Cut, Layer, Part, ShardRule, Source, Weight, whole_part
+from octavo.kernels.rounded import Rounded, Rounding
+
+
+class Producer(Protocol):
+    """What makes the rows that a Linear takes in, and may round them as it does."""
+
+    rounding: Rounding | None
 
 
 class Linear(Layer):
@@ -23,6 +32,12 @@ class Linear(Layer):
         rule = ShardRule(axis=1, parts=(input,)) if cut_input else ShardRule(axis=0, parts=parts)
         self.method.create(self, (out, input.size), rule)
         self.bias = Weight((out,), ShardRule(axis=0, parts=parts), ctx.dtype, ctx.device) if bias else None
+        self.producers: list[Producer] = []
+
+    def fed_by(self, producer: Producer) -> None:
+        """All that the producer makes comes here and goes nowhere else. Once the weight is loaded, and so its form
+        known, the producer is told what to round its rows to; till then, and for most weights, nothing."""
+        self.producers.append(producer)
 
     def expects(self) -> dict[str, Weight]:
         return self.method.expects(self) | ({} if self.bias is None else {"bias": self.bias})
@@ -35,8 +50,10 @@ class Linear(Layer):
 
     def finish(self) -> None:
         self.method.finish(self)
+        for producer in self.producers:
+            producer.rounding = self.method.rounding(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         return self.method.apply(self, x, self.bias)
 
 
@@ -79,7 +96,7 @@ class RowParallelLinear(Linear):
         super().__init__(ctx, (whole_part(outputs),), cut.part(), bias)
         self.group = ctx.mesh.tp
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         bias = self.bias if self.group.is_first else None  # the sum must contain it once
         return self.group.all_reduce(self.method.apply(self, x, bias))
 
@@ -95,6 +112,9 @@ class GatheredLinear(Linear):
         self.out_shares = self.group.shares(outputs, ctx.linear_method.cut_unit)
         out = Cut(self.out_shares, self.group.rank, outputs)
         super().__init__(ctx, (out.part(),), whole_part(cut.whole), bias)
+
+    def fed_by(self, producer: Producer) -> None:
+        """Rows are gathered as they are: a scale is of all inputs of a group, also of those that other ranks have."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole = self.group.gather_shares(x, self.shares)

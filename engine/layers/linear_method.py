@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo.engine.layers.weight import ShardRule, Source, Weight
+from octavo.kernels.rounded import Rounded, Rounding
 
 
 class LinearMethod(Protocol):
@@ -31,8 +32,11 @@ class LinearMethod(Protocol):
     def finish(self, layer: Any) -> None:
         """All of the layer's tensors are loaded: bring the matrix into the form that `apply` wants. Called once."""
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x: [T, in] → [T, out], in x's dtype, which may be wider than the matrix's."""
+    def rounding(self, layer: Any) -> Rounding | None:
+        """What `apply` rounds x to, and may be given rounded already; None = it wants x as it is. After `finish`."""
+
+    def apply(self, layer: Any, x: torch.Tensor | Rounded, bias: torch.Tensor | None) -> torch.Tensor:
+        """x: [T, in] → [T, out], in x's dtype, which may be wider than the matrix's. Rounded: as `rounding` says."""
 
     def rows(self, layer: Any, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows index [T] of the matrix: [T, in] in dtype."""
@@ -55,7 +59,10 @@ class Unquantized:
     def finish(self, layer: Any) -> None:
         pass
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def rounding(self, layer: Any) -> Rounding | None:
+        return None
+
+    def apply(self, layer: Any, x: torch.Tensor | Rounded, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, layer.weight.to(x.dtype), bias)
 
     def rows(self, layer: Any, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,8 +11,9 @@ from torch import nn
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
-from octavo.engine.layers.linear import ColumnParallelLinear, row_parallel
+from octavo.engine.layers.linear import ColumnParallelLinear, Producer, row_parallel
 from octavo.engine.layers.weight import Cut
+from octavo.kernels.rounded import Rounded, Rounding
 
 T = TypeVar("T")
 
@@ -36,9 +37,15 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(ctx, width, cut, bias, names=("gate", "up"))
         self.down_proj = row_parallel(ctx, cut, width, bias)
         self.activation = getattr(ctx.ops, _lookup(GATED, activation))
+        self.rounding: Rounding | None = None  # of what goes into down_proj
+        self.down_proj.fed_by(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(x)))
+    def fed_by(self, producer: Producer) -> None:
+        """See Linear.fed_by."""
+        self.gate_up_proj.fed_by(producer)
+
+    def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(x), self.rounding))
 
 
 class PlainMLP(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from octavo.engine.layers.weight import ShardRule, Source, Weight, as_floats, read
 from octavo.kernels.matrix import Matrix, join
 from octavo.kernels.ops import Ops, Packed
+from octavo.kernels.rounded import Rounded, Rounding
 
 
 class Quantize(Protocol):
@@ -45,6 +46,7 @@ class PackedMethod:
 
     def create(self, layer: Any, shape: tuple[int, int], rule: ShardRule) -> None:
         layer.weight = Weight(shape, rule, layer.dtype, META)
+        layer.weight.takes_whole = self.quantize is not None and rule.axis == 1
         layer.pieces = []
         layer.packed = None
 
@@ -69,7 +71,10 @@ class PackedMethod:
         layer.packed = self.ops.pack_linear(_merged([_with_small_groups(matrix) for matrix in pieces]))
         del layer.weight, layer.pieces
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def rounding(self, layer: Any) -> Rounding | None:
+        return self.ops.rounding_of(layer.packed, layer.dtype)
+
+    def apply(self, layer: Any, x: torch.Tensor | Rounded, bias: torch.Tensor | None) -> torch.Tensor:
         packed: Packed = layer.packed
         return self.ops.linear(x, packed, bias)
 

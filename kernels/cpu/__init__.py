@@ -21,6 +21,7 @@ from octavo.kernels.cpu.pack import PackedLinear, pack
 from octavo.kernels.cpu.row_attention import row_attention
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.rounded import Rounding
 from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Masks, Peaks
 
 __all__ = ["Body", "load"]
@@ -170,7 +171,8 @@ class Body:
             get_num_threads(),
         )
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rounding: None = None) -> Tensor:
+        """Nothing is rounded here, see `rounding_of`."""
         width = x.shape[-1]
         if x.is_contiguous():
             outer, inner, outer_stride, inner_stride = x.numel() // width, 1, width, 0
@@ -198,7 +200,9 @@ class Body:
         )
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: None = None
+    ) -> tuple[Tensor, Tensor]:
         """Overwrites both: x becomes the norm, residual the sum."""
         if not (x.is_contiguous() and residual.is_contiguous() and x.dtype == residual.dtype):
             total = (x + residual).contiguous()
@@ -245,10 +249,10 @@ class Body:
         )
         return query, key
 
-    def silu_and_mul(self, x: Tensor) -> Tensor:
+    def silu_and_mul(self, x: Tensor, rounding: None = None) -> Tensor:
         return self._gated("silu_and_mul", x)
 
-    def gelu_tanh_and_mul(self, x: Tensor) -> Tensor:
+    def gelu_tanh_and_mul(self, x: Tensor, rounding: None = None) -> Tensor:
         return self._gated("gelu_tanh_and_mul", x)
 
     def gelu_tanh(self, x: Tensor) -> Tensor:
@@ -273,6 +277,11 @@ class Body:
     @staticmethod
     def pack_linear(matrices: Sequence[Matrix]) -> PackedLinear:
         return PackedLinear(tuple(pack(matrix) for matrix in matrices))
+
+    @staticmethod
+    def rounding_of(weight: PackedLinear, dtype: torch.dtype) -> Rounding | None:
+        """`linear` lays x out as it rounds it."""
+        return None
 
     def linear(self, x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
         if x.stride(1) != 1:

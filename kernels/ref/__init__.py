@@ -5,7 +5,7 @@ import torch
 from octavo.kernels.ref.activation import gelu_tanh, gelu_tanh_and_mul, silu_and_mul
 from octavo.kernels.ref.attention import paged_attention, row_attention
 from octavo.kernels.ref.cache import copy_blocks, write_kv
-from octavo.kernels.ref.linear import embedding, linear, pack_linear
+from octavo.kernels.ref.linear import embedding, linear, pack_linear, rounding_of
 from octavo.kernels.ref.norm import add_rms_norm, rms_norm
 from octavo.kernels.ref.rotary import rotary
 from octavo.kernels.ref.sampling import draw, find_peaks, mask_logits, take_logprobs
@@ -25,6 +25,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary",
+    "rounding_of",
     "row_attention",
     "silu_and_mul",
     "take_logprobs",

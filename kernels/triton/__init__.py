@@ -15,7 +15,7 @@ from octavo.kernels.triton.attention import paged_attention
 from octavo.kernels.triton.cache import copy_blocks, write_kv
 from octavo.kernels.triton.draw import draw, draw_rows
 from octavo.kernels.triton.graph import record
-from octavo.kernels.triton.linear import embedding, linear, pack_linear
+from octavo.kernels.triton.linear import embedding, linear, pack_linear, rounding_of
 from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
 from octavo.kernels.triton.peaks import find_peaks
@@ -40,6 +40,7 @@ __all__ = [
     "record",
     "rms_norm",
     "rotary",
+    "rounding_of",
     "row_attention",
     "silu_and_mul",
     "take_logprobs",

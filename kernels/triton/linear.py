@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from octavo.kernels.matrix import Matrix
+from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.triton.codes_matmul import codes_matmul
-from octavo.kernels.triton.pack import Codes, Numbers, Section, pack
+from octavo.kernels.triton.pack import Codes, Numbers, Scaled8, Section, pack
 from octavo.kernels.triton.quantize_rows import quantize_rows
 from octavo.kernels.triton.scaled_matmul import scaled_matmul
 
@@ -36,7 +37,13 @@ def pack_linear(matrices: Sequence[Matrix]) -> PackedLinear:
     return PackedLinear(tuple(pack(matrix) for matrix in matrices), tuple(matrix.shape[0] for matrix in matrices))
 
 
-def linear(x: torch.Tensor, weight: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
+def rounding_of(weight: PackedLinear, dtype: torch.dtype) -> Rounding | None:
+    """None also where sections of a weight want x in several ways, and where it comes in another order."""
+    wanted = {_rounding(section, dtype) for section in weight.sections}
+    return wanted.pop() if len(wanted) == 1 else None
+
+
+def linear(x: torch.Tensor | Rounded, weight: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     if len(weight.sections) == 1:
         return _multiply(x, weight.sections[0], bias)
     biases = [None] * len(weight.widths) if bias is None else bias.split(weight.widths)
@@ -49,7 +56,21 @@ def embedding(ids: torch.Tensor, weight: PackedLinear, dtype: torch.dtype) -> to
     return section.rows(ids, dtype)
 
 
-def _multiply(x: torch.Tensor, section: Section, bias: torch.Tensor | None) -> torch.Tensor:
+def _rounding(section: Section, dtype: torch.dtype) -> Rounding | None:
+    if not isinstance(section, Scaled8) or section.order is not None or _as_numbers(section, dtype):
+        return None
+    return Rounding(section.values.dtype, section.group_size)
+
+
+def _as_numbers(section: Scaled8, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and section.values.dtype == torch.float8_e4m3fn
+
+
+def _multiply(x: torch.Tensor | Rounded, section: Section, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(x, Rounded):
+        assert isinstance(section, Scaled8), "rounded for another weight"
+        assert x.rounding == _rounding(section, x.dtype), "rounded for another weight"
+        return _multiply_rounded(x, section, bias)
     if isinstance(section, Numbers):
         return F.linear(x, section.values.to(x.dtype), bias)
     if section.order is not None:
@@ -58,11 +79,14 @@ def _multiply(x: torch.Tensor, section: Section, bias: torch.Tensor | None) -> t
         if not x.numel():
             return x.new_empty(len(x), section.scales.shape[1])
         return codes_matmul(x, section.codes, section.scales, section.mins, section.zero, bias)
-    if not x.numel():
-        return x.new_empty(len(x), len(section.values))
-    if x.dtype == torch.float32 and section.values.dtype == torch.float8_e4m3fn:
+    if _as_numbers(section, x.dtype):
         every = torch.arange(len(section.values), device=x.device)
         # x is in the order of places, as the values are
         return F.linear(x, section.numbers(every), bias)
-    rounded, scales = quantize_rows(x, section.group_size, section.values.dtype)
-    return scaled_matmul(rounded, section.values, scales, section.scales, section.group_size, bias, x.dtype)
+    return _multiply_rounded(quantize_rows(x, Rounding(section.values.dtype, section.group_size)), section, bias)
+
+
+def _multiply_rounded(x: Rounded, section: Scaled8, bias: torch.Tensor | None) -> torch.Tensor:
+    if not x.values.numel():
+        return torch.empty(len(x.values), len(section.values), dtype=x.dtype, device=x.values.device)
+    return scaled_matmul(x.values, section.values, x.scales, section.scales, section.group_size, bias, x.dtype)

@@ -1,9 +1,18 @@
-"""Root mean square norms, one program per few rows. Shapes and contracts: `octavo.kernels.ops`."""
+"""Root mean square norms, one program per few rows. Shapes and contracts: `octavo.kernels.ops`.
+
+A row is computed in the same tile whether it is rounded to 8 bits or not, so that it is the same row.
+"""
+
+from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels.rounded import Rounded, Rounding
+from octavo.kernels.triton.quantize_rows import LARGEST, empty_rounded, quantize_rows, size_in_tile, store_rounded
 from octavo.kernels.triton.rows import rows_of
 
 # Elements of a program's tile: rows shorter than this share a program.
@@ -12,9 +21,31 @@ TILE = 2048
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))
 
 
+@triton.jit
+def _store(
+    out,  # [count, width], rows out_stride apart; contiguous where rounded
+    scales,  # [count, width / SIZE], if SIZE
+    result,  # [ROWS, WIDTH] of the type that it has where it is not rounded
+    row,
+    column,
+    count,
+    out_stride,
+    width: tl.constexpr,
+    SIZE: tl.constexpr,  # of the groups in which it is rounded; 0 = it is not
+    LARGEST: tl.constexpr,
+    INTEGERS: tl.constexpr,
+):
+    if SIZE:
+        store_rounded(out, scales, result.to(tl.float32), row, 0, count, width, SIZE, LARGEST, INTEGERS)
+    else:
+        held = (row < count)[:, None] & (column < width)[None, :]
+        tl.store(out + row[:, None] * out_stride + column[None, :], result, mask=held)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _rms_norm(
     out,  # [count, width], contiguous
+    scales,
     x,  # row r at r // inner * x_outer + r % inner * x_inner
     weight,  # [width]
     count,
@@ -25,6 +56,9 @@ def _rms_norm(
     width: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,  # the next power of two
+    SIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INTEGERS: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -33,13 +67,15 @@ def _rms_norm(
     value = tl.load(x + start[:, None] + column[None, :], mask=held, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
     weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    result = value * scale[:, None] * weights[None, :]
-    tl.store(out + row[:, None] * width + column[None, :], result.to(out.dtype.element_ty), mask=held)
+    result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
+    _store(out, scales, result, row, column, count, width, width, SIZE, LARGEST, INTEGERS)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _add_rms_norm(
-    x,  # [count, width]: becomes the norm
+    out,  # [count, width]: x itself, unless rounded
+    scales,
+    x,  # [count, width]
     residual,  # [count, width]: becomes the sum
     weight,  # [width]
     count,
@@ -49,28 +85,39 @@ def _add_rms_norm(
     width: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INTEGERS: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, WIDTH)
     held = (row < count)[:, None] & (column < width)[None, :]
-    into = x + row[:, None] * x_stride + column[None, :]
+    added = x + row[:, None] * x_stride + column[None, :]
     kept = residual + row[:, None] * residual_stride + column[None, :]
-    total = tl.load(into, mask=held, other=0.0).to(tl.float32) + tl.load(kept, mask=held, other=0.0).to(tl.float32)
+    total = tl.load(added, mask=held, other=0.0).to(tl.float32) + tl.load(kept, mask=held, other=0.0).to(tl.float32)
     total = total.to(x.dtype.element_ty)  # the norm is of what the next layer will read
     tl.store(kept, total, mask=held)
     value = total.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
     weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(into, (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty), mask=held)
+    result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
+    _store(out, scales, result, row, column, count, x_stride, width, SIZE, LARGEST, INTEGERS)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
+) -> torch.Tensor | Rounded:
+    width, padded, at_once, warps = _tile(x.shape[-1])
+    size = 0 if rounding is None else size_in_tile(rounding, width, padded)
+    if size is None:
+        return quantize_rows(rms_norm(x, weight, eps), rounding)
+    out, target, scales, form = _results(x, rounding, size)
     if x.numel() == 0:
         return out
-    rows, (width, padded, at_once, warps) = rows_of(x), _tile(x.shape[-1])
+    rows = rows_of(x)
     _rms_norm[(triton.cdiv(rows.count, at_once),)](
-        out,
+        target,
+        scales,
         rows.x,
         weight,
         rows.count,
@@ -81,20 +128,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         width,
         ROWS=at_once,
         WIDTH=padded,
+        **form,
         num_warps=warps,
+        enable_fp_fusion=False,
     )
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
+) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
     """In place where the last dimension is contiguous and there are two."""
-    if x.numel() == 0:
-        return x, residual
     shape, (width, padded, at_once, warps) = x.shape, _tile(x.shape[-1])
+    size = 0 if rounding is None else size_in_tile(rounding, width, padded)
+    if size is None:
+        norm, total = add_rms_norm(x, residual, weight, eps)
+        return quantize_rows(norm, rounding), total
     x, residual = (part if _plain(part) else part.contiguous().view(-1, width) for part in (x, residual))
+    out, target, scales, form = (x.view(shape), x, None, _PLAIN) if rounding is None else _results(x, rounding, size)
+    if x.numel() == 0:
+        return out, residual.view(shape)
     _add_rms_norm[(triton.cdiv(len(x), at_once),)](
+        target,
+        scales,
         x,
         residual,
         weight,
@@ -105,15 +161,34 @@ def add_rms_norm(
         width,
         ROWS=at_once,
         WIDTH=padded,
+        **form,
         num_warps=warps,
+        enable_fp_fusion=False,
     )
-    return x.view(shape), residual.view(shape)
+    return out, residual.view(shape)
+
+
+_PLAIN = {"SIZE": 0, "LARGEST": 0.0, "INTEGERS": False}
+
+
+def _results(
+    x: torch.Tensor, rounding: Rounding | None, size: int
+) -> tuple[torch.Tensor | Rounded, torch.Tensor, torch.Tensor | None, dict[str, float]]:
+    """(what the op returns, its memory, its scales' memory, what the kernel is compiled for)."""
+    if rounding is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return out, out, None, _PLAIN
+    rounded = empty_rounded(*x.shape, x, rounding)
+    integers = rounding.dtype == torch.int8
+    form = {"SIZE": size, "LARGEST": LARGEST[rounding.dtype], "INTEGERS": integers}
+    return rounded, rounded.values, rounded.scales, form
 
 
 def _plain(x: torch.Tensor) -> bool:
     return x.dim() == 2 and x.stride(1) == 1
 
 
+@cache
 def _tile(width: int) -> tuple[int, int, int, int]:
     """(width, padded width, rows per program, warps)."""
     padded = triton.next_power_of_2(width)

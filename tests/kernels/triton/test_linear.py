@@ -13,6 +13,8 @@ import torch
 
 from octavo.kernels import ref
 from octavo.kernels.matrix import Matrix
+from octavo.kernels.ref.linear import round_rows
+from octavo.kernels.rounded import Rounding
 from octavo.kernels.triton.linear import embedding, linear, pack_linear
 from octavo.kernels.triton.pack import Codes, Numbers, Scaled8, pack
 from octavo.kernels.triton.quantize_rows import quantize_rows
@@ -76,9 +78,8 @@ def expected_of(x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> t
     if isinstance(layout, Scaled8) and matrix.values.dtype == torch.uint8:
         return ref.linear(x, (matrix,), bias)
     if isinstance(layout, Scaled8) and x.dtype != torch.float32:
-        values, of_groups = quantize_rows(x, layout.group_size, layout.values.dtype)
-        rounded = (values.float().unflatten(1, (-1, layout.group_size)) * of_groups.unsqueeze(2)).flatten(1)
-        product = exact(rounded, matrix)
+        rounded = quantize_rows(x, Rounding(layout.values.dtype, layout.group_size))
+        product = exact(rounded.numbers(), matrix)
     else:
         product = exact(x, matrix)
     return (product if bias is None else product + bias.float()).to(x.dtype)
@@ -161,17 +162,13 @@ def test_sections_orders_and_no_rows() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 48, 200])
-def test_rounding_of_rows(size: int) -> None:
-    """int8 as `ref` rounds; float8 as torch does, of numbers scaled to 448."""
-    x = torch.randn(5, 2 * size, device=DEVICE).bfloat16()
-    x[0] = 0
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+def test_rounding_of_rows(size: int, dtype: torch.dtype) -> None:
+    """As `ref` rounds, to the bit."""
+    x = torch.randn(6, 2 * size, device=DEVICE).bfloat16()
+    x[0], x[1], x[2, 5], x[3, size] = 0, 1e-38, float("nan"), float("inf")
     for group_size in (size, 2 * size):
-        grouped = x.float().unflatten(1, (-1, group_size))
-        top = grouped.abs().amax(dim=2)
-        for dtype, largest in ((torch.int8, 127), (torch.float8_e4m3fn, 448)):
-            values, of_groups = quantize_rows(x, group_size, dtype)
-            torch.testing.assert_close(of_groups, top / largest)
-            inverse = torch.where(top > 0, torch.full_like(top, largest) / top, 0).unsqueeze(2)
-            steps = (grouped * inverse).flatten(1)
-            expected = steps.round() if dtype == torch.int8 else steps.clamp(-448, 448).to(dtype).float()
-            assert torch.equal(values.float(), expected)
+        rounding = Rounding(dtype, group_size)
+        actual, expected = quantize_rows(x, rounding), round_rows(x, rounding)
+        assert torch.equal(actual.values.view(torch.uint8), expected.values.view(torch.uint8))
+        assert torch.equal(actual.scales.view(torch.int32), expected.scales.view(torch.int32))
