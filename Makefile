@@ -1,4 +1,4 @@
-# make serve | test | lint | bench: everything runs in .venv, which the first of them makes.
+# make serve | test | lint | bench: everything runs in .venv, which the first of them makes. make bench-gpu: on a GPU.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ else
 CONSTRAINTS := -c constraints.txt
 endif
 
-.PHONY: serve test lint format bench clean
+.PHONY: serve test lint format bench bench-gpu clean
 
 serve: $(STAMP) ## serve the default model on http://localhost:8000
 	$(BIN)/octavo serve $(MODEL) $(ARGS)
@@ -35,6 +35,10 @@ format: $(STAMP)
 
 bench: $(STAMP) ## offline throughput, KV waste, comparison with peers: see benchmarks/README.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Installs nothing: with .venv's Python if there is one, else with PYTHON, whose CUDA build of torch stays as it is.
+bench-gpu: ## every goal on this machine's GPU, in 8 minutes: see benchmarks/README.md
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

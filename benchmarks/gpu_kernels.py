@@ -19,6 +19,8 @@ from gpu_timing import measure_device, seconds_of, sets_of
 from octavo.kernels import ref
 from octavo.kernels import triton as ops
 from octavo.kernels.sampling import Draws, Masks
+from octavo.kernels.triton.draw import draw_rows
+from octavo.kernels.triton.mask_logits import mask_rows
 
 TINY = Layer(4, 2, 64, 64, 96, device="cpu", dtype=torch.float32)
 VOCAB, TINY_VOCAB = 128256, 500
@@ -35,6 +37,30 @@ def device(bench: Bench) -> None:
         bench.row(Row(f"device: {name}", "2 GiB", rate / 1e9, unit))
     bench.figure("matmul", rates.matmul)
     bench.row(Row("device: matmul", "8192³ bfloat16", rates.matmul / 1e12, "TFLOP/s"))
+
+
+def other_ops(bench: Bench) -> None:
+    """Those that no rate is asked of, against `ref`."""
+    layer = _layer(bench)
+    tokens, lengths = (5, [3, 2]) if bench.tiny else (300, [200, 37, 63])
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=layer.device).to(layer.dtype)
+
+    def rows() -> tuple[Any, ...]:
+        (rows,) = [gpu_attention.attention([(n, n) for n in lengths], layer.dtype, layer.device, layer.dtype, sizes)]
+        query, *_, batch, scale = rows
+        return query, *randn(2, tokens, layer.kv_heads, layer.head_size), batch, scale
+
+    sizes = (layer.heads, layer.kv_heads, layer.head_size)
+    cases = [case for case in row_cases(tokens, None, layer) if case.op == "rms_norm"] + [
+        Case("gelu_tanh_and_mul", f"T={tokens}", lambda: (randn(tokens, 2 * layer.ffn),)),
+        Case("gelu_tanh", f"T={tokens}", lambda: (randn(tokens, layer.ffn),)),
+        Case("row_attention", f"rows of {lengths}", rows),
+    ]
+    for case in cases:
+        if bench.checked(case.op, case.shape, partial(gpu_attention.check, case, getattr(ops, case.op))):
+            bench.row(Row(case.op, case.shape, note="as ref has it"))
 
 
 def attention(bench: Bench) -> None:
@@ -136,13 +162,18 @@ def sampling(bench: Bench) -> None:
     words = torch.randint(-(1 << 31), 1 << 31, (rows, -(-vocab // 32)), device=bench.device, generator=generator)
     masks = Masks(order, words.to(torch.int32))
 
-    peaks = ops.find_peaks(logits)
+    # As graphs have them: what the host says is on the device already.
+    peaks, places = ops.find_peaks(logits), torch.from_numpy(order).to(bench.device)
+    of_plain, of_filtered = (torch.from_numpy(draws.numbers()).to(bench.device) for draws in (plain, filtered))
     calls: dict[str, tuple[Callable[[], None], Callable[[torch.Tensor], Any]]] = {
         "find_peaks": (lambda: check_peaks(logits), ops.find_peaks),
-        "draw": (lambda: check_draw(logits, plain), lambda x: ops.draw(x, peaks, plain)),
-        "draw, top_k 50, top_p 0.9": (lambda: check_draw(logits, filtered), lambda x: ops.draw(x, peaks, filtered)),
+        "draw": (lambda: check_draw(logits, plain), lambda x: draw_rows(x, peaks, of_plain, False)),
+        "draw, top_k 50, top_p 0.9": (
+            lambda: check_draw(logits, filtered),
+            lambda x: draw_rows(x, peaks, of_filtered, True),
+        ),
         "take_logprobs, k 20": (lambda: check_logprobs(logits, ids), lambda x: ops.take_logprobs(x, ids, 20)),
-        "mask_logits": (lambda: check_masks(logits, masks), lambda x: ops.mask_logits(x, masks)),
+        "mask_logits": (lambda: check_masks(logits, masks), lambda x: mask_rows(x, places, masks.bits)),
     }
     floor = bench.rates.read / 1e9
     for name, (check, call) in calls.items():
