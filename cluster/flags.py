@@ -84,7 +84,7 @@ FLAGS: tuple[Flag, ...] = (
         "engine",
         "Memory",
         kv_cache_memory_bytes="Size of the KV cache, for example 4GiB.",
-        kv_cache_dtype="Type of the KV cache: auto, float32, bfloat16 or int8.",
+        kv_cache_dtype="Type of the KV cache: auto, float32, bfloat16, int8 or fp8.",
         gpu_memory_utilization="Part of the GPU's memory to use, 0 to 1.",
         block_size="Tokens per KV block.",
         num_gpu_blocks_override="Exact number of KV blocks.",
@@ -100,6 +100,7 @@ FLAGS: tuple[Flag, ...] = (
         enable_chunked_prefill="Compute long prompts in several steps.",
         long_prefill_token_threshold="The most prompt tokens of one sequence in a step; 0 = the step's limit.",
         async_scheduling="Plan the next step while one runs.",
+        enforce_eager="Run every step op by op, without recorded graphs.",
     ),
     *_panel(
         "engine",

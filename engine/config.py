@@ -13,7 +13,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.pooling.config import PoolerConfig, parse_pooler_config
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-KVDType = Literal["auto", "float32", "bfloat16", "int8"]
+KVDType = Literal["auto", "float32", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 Policy = Literal["fcfs", "priority"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8", "gguf", "gptq", "awq", "compressed-tensors"]
 
@@ -29,7 +29,8 @@ class EngineConfig:
     num_gpu_blocks_override: exact number of KV blocks (on CPU too; the name is vLLM's).
     kv_cache_memory_bytes: KV pool size; None = on GPU from gpu_memory_utilization, on CPU 4 GiB or, if less, a quarter
         of the free memory.
-    kv_cache_dtype: what KV is stored in; auto = the model's dtype. int8 has a float32 scale per token and head.
+    kv_cache_dtype: what KV is stored in; auto = the model's dtype. int8 and fp8 (float8 e4m3, also called fp8_e4m3; not
+        for the native CPU kernels, on GPUs from compute capability 8.9) have a float32 scale per token and head.
     tensor_parallel_size, pipeline_parallel_size: ranks that share each layer, stages the layers are dealt to; a replica
         has one process per rank, their product.
     max_num_batched_tokens: the token budget of a step. max_num_seqs: the most rows of a step.
@@ -37,6 +38,7 @@ class EngineConfig:
     long_prefill_token_threshold: the most prompt tokens one sequence may compute in a step; 0 = only the token budget.
     enable_chunked_prefill false: a prompt is computed in one step or waits.
     async_scheduling: plan step N+1 while N runs.
+    enforce_eager: run every step op by op, without recorded graphs.
     seed: of dummy weights. A request without a seed of its own gets a random one.
     load_format dummy: random weights, no checkpoint is read beyond its config.
     quantization: auto = as the checkpoint is; none = floats, whatever the checkpoint is; int8, int4, fp8 = made of any
@@ -76,6 +78,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = 0
     scheduling_policy: Policy = "fcfs"
     async_scheduling: bool = True
+    enforce_eager: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: Quantization = "auto"
     quantize_lm_head: bool = True
@@ -111,7 +114,7 @@ class EngineConfig:
         _at_least("max_num_queued_reqs", self.max_num_queued_reqs, 0)
         _at_least("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8"))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, get_args(KVDType))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         _one_of("quantization", self.quantization, get_args(Quantization))

@@ -86,6 +86,11 @@ class Scheme:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
 
+    @property
+    def has_float8(self) -> bool:
+        """Whether any of the modules is stored so."""
+        return any(isinstance(rule.format, Floats) for rule in self.rules)
+
     def format_of(self, module: str) -> WeightFormat | None:
         """None: the module is not quantized."""
         if any(_names(pattern, module) for pattern in self.ignored):

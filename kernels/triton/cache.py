@@ -209,5 +209,10 @@ def copy_blocks(key_cache: torch.Tensor, value_cache: torch.Tensor, pairs: torch
 
 
 def split_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values [NB, Hkv, BS, D] and float32 scales [NB, Hkv, BS], None where the cache's type has none. Views."""
+    """Values [NB, Hkv, BS, D] and float32 scales [NB, Hkv, BS], None where the cache's type has none. Views.
+
+    With scales, a block's part of a head takes BS * (D + 4) bytes: with BS a multiple of 8 and D even, which all are,
+    every head starts at a multiple of 16 bytes, and Triton may load 16 at once; so does, with BS of 16, each head's
+    scales, of a D that 4 divides.
+    """
     return scaled_parts(cache) if cache.dtype in LARGEST else (cache, None)
