@@ -124,7 +124,9 @@ def started(bench: Bench, config: gpu_models.Config, **options: Any) -> Iterator
         "enable_prefix_caching": False,
     }
     if bench.tiny:
-        settings |= {"num_gpu_blocks_override": 256, "max_model_len": 512, "dtype": "float32", "kernels": "ref"}
+        settings |= {"num_gpu_blocks_override": 256, "max_model_len": 512, "dtype": "float32"}
+    if bench.device.type == "cpu":
+        settings |= {"kernels": "ref"}
     with tempfile.TemporaryDirectory() as folder:
         path = gpu_models.write(config, Path(folder) / "model")
         begin = time.perf_counter()
@@ -220,19 +222,32 @@ def fp8(bench: Bench) -> None:
     with started(bench, gpu_models.QWEN) as engine:
         plain = decode_row(bench, engine, "Qwen3 8B bf16 decode", shape, 1, None).tokens_per_s
     with started(bench, gpu_models.QWEN | gpu_models.FP8) as engine:
-        quantized_row(bench, engine, "FP8 8B decode", plain, 1.6)
+        quantized_row(bench, engine, "FP8 8B decode", shape, plain, 1.6)
 
 
 def w4a16(bench: Bench) -> None:
     """Llama 3.1 8B in codes of four bits, made while loading."""
     plain = bench.known.get("bf16 decode")
+    shape = gpu_models.shape_of(gpu_models.LLAMA | (gpu_models.TINY if bench.tiny else {}))
     with started(bench, gpu_models.LLAMA, quantization="int4") as engine:
-        quantized_row(bench, engine, "W4A16 8B decode", plain, 2.5)
+        quantized_row(bench, engine, "W4A16 8B decode", shape, plain, 2.5)
 
 
-def quantized_row(bench: Bench, engine: Engine, what: str, plain: float | None, goal: float) -> None:
-    """Beside the tokens/s of bfloat16."""
+def weight_bytes(bench: Bench, engine: Engine, shape: ModelShape) -> float | None:
+    """What the weights take, all of them; None where it cannot be told. shape: for the size of KV."""
+    if bench.device.type != "cuda":
+        return None
+    kv = engine.info.num_blocks * engine.info.block_size * shape.kv_bytes_per_token
+    return torch.cuda.memory_allocated() - kv
+
+
+def quantized_row(bench: Bench, engine: Engine, what: str, shape: ModelShape, plain: float | None, goal: float) -> None:
+    """Beside the tokens/s of bfloat16, whose shape this is."""
     sizes = SMALL if bench.tiny else FULL
+    weights = weight_bytes(bench, engine, shape)
+    if weights is not None and weights > 0.8 * shape.weight_bytes and not bench.tiny:
+        bench.row(Row(what, "n=1", note=f"weights take {weights / 1e9:.1f} GB: the dummies are not in this format"))
+        return
     profiled_steps = 2 if bench.tiny else 6
     decoding = Decoding(
         engine.core, 1, sizes.context // 8, sizes.settling + sizes.window + profiled_steps + 8, engine.info.vocab_size
@@ -242,6 +257,7 @@ def quantized_row(bench: Bench, engine: Engine, what: str, plain: float | None, 
     rate = window.tokens_per_s
     share = None if plain is None else rate / plain
     note = f"{1e3 * window.seconds / window.steps:.2f} ms a step" + ("" if plain else "; bfloat16 was not measured")
+    note += "" if weights is None else f"; weights take {weights / 1e9:.1f} GB"
     row = Row(what, "n=1", rate, "tokens/s", plain, "its bf16 rate", share, goal, note=note)
     bench.row(row, partial(profiled, partial(decoding.steps, profiled_steps)))
     decoding.close()
