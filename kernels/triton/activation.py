@@ -15,7 +15,7 @@ from octavo.kernels.triton.quantize_rows import LARGEST, empty_rounded, quantize
 TILE = 1024  # elements of a row that a program computes
 WARPS = 4
 # (longest row that is rounded whole, warps); longer ones do not fit into registers
-WHOLE_ROWS = ((4096, 4), (8192, 8), (65536, 16))
+WHOLE_ROWS = ((4096, 4), (8192, 8), (32768, 16))
 
 
 @triton.jit

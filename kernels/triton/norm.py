@@ -1,6 +1,7 @@
 """Root mean square norms, one program per few rows. Shapes and contracts: `octavo.kernels.ops`.
 
-A row is computed in the same tile whether it is rounded to 8 bits or not, so that it is the same row.
+A row that is rounded to 8 bits is the very row that it would be otherwise: squares are added in float64, since a
+compiler lays a tile out, and so adds, by what is stored in the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from octavo.kernels.triton.rows import rows_of
 TILE = 2048
 # (longest row, warps)
 WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))
+
+
+@triton.jit
+def _inverse_rms(value, eps, width: tl.constexpr):
+    """value: [ROWS, WIDTH] float32 → [ROWS] float32."""
+    squares = tl.sum((value * value).to(tl.float64), axis=1).to(tl.float32)
+    return 1.0 / tl.sqrt(squares / width + eps)
 
 
 @triton.jit
@@ -65,7 +73,7 @@ def _rms_norm(
     held = (row < count)[:, None] & (column < width)[None, :]
     start = row // inner * x_outer + row % inner * x_inner
     value = tl.load(x + start[:, None] + column[None, :], mask=held, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
+    scale = _inverse_rms(value, eps, width)
     weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
     _store(out, scales, result, row, column, count, width, width, SIZE, LARGEST, INTEGERS)
@@ -98,7 +106,7 @@ def _add_rms_norm(
     total = total.to(x.dtype.element_ty)  # the norm is of what the next layer will read
     tl.store(kept, total, mask=held)
     value = total.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
+    scale = _inverse_rms(value, eps, width)
     weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
     _store(out, scales, result, row, column, count, x_stride, width, SIZE, LARGEST, INTEGERS)
