@@ -16,7 +16,7 @@ from metrics import Timing
 from octavo.engine.assets import tokenizer_of
 from octavo.engine.build import Engine, build_engine
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import MaskSource, StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import MaskSource, Pending, StepPlan, StepResult, TokenMasks
 from octavo.engine.outputs import RequestState
 from octavo.engine.params import SamplingParams
 from octavo.engine.requests import make_request
@@ -94,11 +94,11 @@ class _TimedRunner:
         runner.model.logits = self._watch.around(runner.model.logits)
         self.model_s: dict[int, float] = {}
 
-    def execute(self, plan: StepPlan, masks: MaskSource) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MaskSource) -> Pending:
         self._watch.seconds = 0.0
-        result: StepResult = self._runner.execute(plan, masks)
+        begun: Pending = self._runner.execute(plan, masks)
         self.model_s[plan.step_id] = self._watch.seconds
-        return result
+        return begun
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)

@@ -152,6 +152,8 @@ class EngineStats:
     prefill_tokens: int = 0  # prompt tokens not yet computed of running sequences
     first_tokens: int = 0  # requests that have got one
     first_token_s: float = 0.0  # from being queued here to their first token, all of them together
+    step_s: float = 0.0  # that the ranks worked on steps
+    gap_s: float = 0.0  # that they stood still between two steps, though the second was planned while the first ran
 
     @property
     def kv_usage(self) -> float:

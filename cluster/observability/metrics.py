@@ -169,4 +169,6 @@ _ENGINE: tuple[tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, s
     (CounterMetricFamily, "prompt_tokens", "Prompt tokens processed.", "prompt_tokens"),
     (CounterMetricFamily, "generation_tokens", "Tokens generated.", "generation_tokens"),
     (CounterMetricFamily, "engine_steps", "Steps of the engine.", "steps"),
+    (CounterMetricFamily, "engine_step_seconds", "Time that the ranks worked on steps.", "step_s"),
+    (CounterMetricFamily, "engine_gap_seconds", "Time that the ranks waited for a planned step.", "gap_s"),
 )

@@ -5,6 +5,7 @@ Knows the scheduler and a process that executes plans. Does not know how a plan 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -62,6 +63,8 @@ class EngineCore:
         self._forms = Compiling(grammars or NoGrammars())
         self._lag = lag
         self._in_flight = 0
+        self._followed: deque[bool] = deque()  # of the steps in flight: whether it was planned while one ran
+        self._step_s, self._gap_s = 0.0, 0.0
         self._last_step_at = clock()
         # Of requests without a token: when they were queued, and when the first row of those admitted was planned.
         self._queued_at: dict[str, float] = {}
@@ -119,6 +122,7 @@ class EngineCore:
             if self.scheduler.admitted:
                 self._started_at.update(dict.fromkeys(self.scheduler.admitted, self.clock()))
             self.process.launch(plan)
+            self._followed.append(self._in_flight > 0)
             self._in_flight += 1
             self._constrain()
         elif self._in_flight == 0 and len(self._forms):
@@ -126,8 +130,12 @@ class EngineCore:
         if self._in_flight == 0 or (plan is not None and self._in_flight <= self._lag):
             return []
         self._in_flight -= 1
+        followed = self._followed.popleft()
         try:
-            deltas = self.scheduler.commit(self.process.collect())
+            result = self.process.collect()
+            self._step_s += result.seconds
+            self._gap_s += result.gap_s if followed else 0.0
+            deltas = self.scheduler.commit(result)
         except StepError as error:
             deltas = self.scheduler.fail(str(error))
         self._constrain()
@@ -166,6 +174,8 @@ class EngineCore:
             last_step_at=self._last_step_at,
             first_tokens=self._first_tokens,
             first_token_s=self._first_token_s,
+            step_s=self._step_s,
+            gap_s=self._gap_s,
         )
 
     def ranks(self) -> tuple[RankStatus, ...]:

@@ -113,11 +113,31 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Results in the order of the plan's rows. `seconds`: how long the ranks worked on the step."""
+    """Results in the order of the plan's rows. `seconds`: how long the rank worked on the step. `gap_s`: how long it
+    had stood still before, since the end of the last step: the host's doing if the plan was made while that one ran.
+    """
 
     step_id: int
     rows: tuple[RowResult, ...]
     seconds: float = 0.0
+    gap_s: float = 0.0
+
+
+class Pending(Protocol):
+    """A step that a rank has begun. Its device may still be at it, while the next one is begun."""
+
+    def wait(self) -> StepResult:
+        """To be called once, from any thread. Any exception fails the step, and that step alone, but for RankLost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step that was done when it was begun."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result
 
 
 class MaskSource(Protocol):

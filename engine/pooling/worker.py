@@ -48,6 +48,10 @@ class Pooler:
         self._model, self._activation = model, activation
         self._slots: dict[int, _Pooled] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any slot is pooled."""
+        return bool(self._slots)
+
     def enter(self, new: NewSequence) -> None:
         """A sequence enters its slot; only those that are pooled are kept."""
         if new.pooling is not None:

@@ -1,6 +1,7 @@
 """InProcess: one rank in this process, on a thread of its own.
 
-The thread lets the host plan step N+1 while the rank computes N: torch and the native ops release the GIL.
+The thread lets the host plan step N+1 while the rank computes N: torch and the native ops release the GIL. Where a
+device computes, the thread launches N+1 behind N, and whoever collects waits for the device.
 
 The rank must be built on its thread too, and nothing else in the process should compute with torch. OpenMP gives every
 thread that starts parallel work its own workers, and once these are more than the cores, libgomp's workers go to sleep
@@ -14,7 +15,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from octavo.engine.core.plan import MaskSource, StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import MaskSource, Pending, StepPlan, StepResult, TokenMasks
 from octavo.engine.errors import OctavoError, StepError
 from octavo.engine.process.masks import MaskBox
 from octavo.engine.types import RankStatus
@@ -23,9 +24,9 @@ from octavo.engine.types import RankStatus
 class Executes(Protocol):
     """A rank's runner."""
 
-    def execute(self, plan: StepPlan, masks: MaskSource) -> StepResult:
-        """Compute one step, whose masks are to be had from `masks` at some time. Any exception fails the step, and that
-        step alone."""
+    def execute(self, plan: StepPlan, masks: MaskSource) -> Pending:
+        """Begin a step, whose masks are to be had from `masks` at some time. Steps are begun in order, on one thread,
+        and waited for in order. Any exception fails the step, and that step alone."""
 
 
 def rank_thread() -> ThreadPoolExecutor:
@@ -39,7 +40,7 @@ class InProcess:
     def __init__(self, thread: ThreadPoolExecutor, runner: Executes) -> None:
         self._runner = runner
         self._thread = thread
-        self._launched: deque[Future[StepResult]] = deque()
+        self._launched: deque[Future[Pending]] = deque()
         self._masks = MaskBox()
 
     def launch(self, plan: StepPlan) -> None:
@@ -50,7 +51,7 @@ class InProcess:
 
     def collect(self) -> StepResult:
         try:
-            return self._launched.popleft().result()
+            return self._launched.popleft().result().wait()
         except OctavoError:
             raise
         except Exception as error:

@@ -4,13 +4,14 @@ Knows the channel and what a rank is built of, by two calls. Does not know who s
 
 Two threads: the one that builds the model and executes plans, and the pulse, which tells the driver and the watchdog
 that the process lives, and ends it when the driver is gone. A step that hangs does not stop the pulse; a process that
-is stopped does.
+is stopped does. Where a device computes, a third waits for its results, while the first launches the next step.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import select
 import sys
 import threading
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from octavo.engine.build import Phases
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import MaskSource, StepPlan, StepResult, TokenMasks
+from octavo.engine.core.plan import Computed, MaskSource, Pending, StepPlan, TokenMasks
 from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.process import wire
@@ -145,12 +146,58 @@ def _live(spec: RankSpec, line: Line, pulse: Pulse) -> None:
 def _execute_plans(line: Line, pulse: Pulse, runner: Executes, answers: bool) -> None:
     """Until Stop. answers: this rank's results are the replica's; the others' are known to be the same, or empty."""
     plans = _Plans(line)
-    while (plan := plans.next()) is not None:
-        pulse.begin_step()
-        result = runner.execute(plan, plans)
-        pulse.end_step()
-        if answers:
-            line.send(wire.Done(result))
+    waiter = _Waiter(line, pulse, answers)
+    try:
+        while (plan := plans.next()) is not None:
+            pulse.begin_step()
+            waiter.take(runner.execute(plan, plans))
+    finally:
+        waiter.close()
+
+
+class _Waiter:
+    """Waits for steps in their order, and tells the driver what they brought. A step that is done at once is told at
+    once; others on a thread, which there is none of before."""
+
+    def __init__(self, line: Line, pulse: Pulse, answers: bool) -> None:
+        self._line, self._pulse, self._answers = line, pulse, answers
+        self._begun: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def take(self, pending: Pending) -> None:
+        """Raises what has failed an earlier step."""
+        if self._error is not None:
+            raise self._error
+        if self._thread is None and isinstance(pending, Computed):
+            self._tell(pending)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="octavo-results", daemon=True)
+            self._thread.start()
+        self._begun.put(pending)
+
+    def close(self) -> None:
+        """Steps that are under way are waited for."""
+        if self._thread is not None:
+            self._begun.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (pending := self._begun.get()) is not None:
+            try:
+                self._tell(pending)
+            except Exception as error:
+                self._error = error
+                if not isinstance(error, ChannelClosed):
+                    _tell_of(self._line, error)
+                return
+
+    def _tell(self, pending: Pending) -> None:
+        result = pending.wait()
+        self._pulse.end_step()
+        if self._answers:
+            self._line.send(wire.Done(result))
 
 
 class _Plans:
@@ -177,16 +224,20 @@ class _Plans:
 
 def _report(line: Line, error: Exception) -> None:
     """Tell the driver why, and wait until it has heard: then it ends this process."""
-    kind: Literal["config", "lost", "error"] = "error"
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, (ConfigError, RankLost)):
-        kind, message = ("config" if isinstance(error, ConfigError) else "lost"), str(error)
     try:
-        line.send(wire.Failed(kind, message))
+        _tell_of(line, error)
         while not isinstance(line.receive(), wire.Stop):
             pass
     except ChannelClosed:
         return
+
+
+def _tell_of(line: Line, error: Exception) -> None:
+    kind: Literal["config", "lost", "error"] = "error"
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, (ConfigError, RankLost)):
+        kind, message = ("config" if isinstance(error, ConfigError) else "lost"), str(error)
+    line.send(wire.Failed(kind, message))
 
 
 def _builder(config: EngineConfig, phases: Phases) -> Builder:
@@ -205,6 +256,7 @@ class Pulse:
         self._watchdog = Watchdog(STARTING_S) if watched else None
         self._worker = threading.get_ident()
         self._steps, self._began = 0, 0.0
+        self._under_way, self._lock = 0, threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="octavo-pulse", daemon=True)
 
@@ -217,11 +269,16 @@ class Pulse:
             self._watchdog.allow(self._hang_timeout_s + 1)
 
     def begin_step(self) -> None:
-        self._began = time.monotonic()
+        with self._lock:
+            self._under_way += 1
+            self._began = self._began or time.monotonic()
 
     def end_step(self) -> None:
-        self._began = 0.0
-        self._steps += 1
+        """The oldest one."""
+        with self._lock:
+            self._under_way -= 1
+            self._began = time.monotonic() if self._under_way else 0.0
+            self._steps += 1
 
     def stop(self) -> None:
         self._stopping.set()
@@ -292,7 +349,7 @@ class _Paced:
     def __init__(self, runner: FakeRunner, draws: bool) -> None:
         self._runner, self._draws = runner, draws
 
-    def execute(self, plan: StepPlan, masks: MaskSource) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MaskSource) -> Computed:
         result = self._runner.execute(plan, masks if self._draws else None)
         time.sleep(result.seconds)
-        return result
+        return Computed(result)

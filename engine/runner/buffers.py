@@ -35,6 +35,41 @@ class StepInputs:
     ends: Ints
 
 
+@dataclass(frozen=True, slots=True)
+class RowArrays:
+    """A step's rows, on the host, [R] int64 each. write_from: of a row's tokens, the KV of those before is not written.
+    samples: bool. ends: the position after each row's last token, where a token that is drawn goes. query_start:
+    [R + 1], first token of each row in the step's.
+    """
+
+    slots: Ints
+    starts: Ints
+    counts: Ints
+    write_from: Ints
+    samples: npt.NDArray[np.bool_]
+    ends: Ints
+    query_start: Ints
+
+    @classmethod
+    def of(cls, rows: tuple[Row, ...]) -> RowArrays:
+        fields = [(row.slot, row.start, row.num_tokens, row.write_from, row.samples) for row in rows]
+        slots, starts, counts, write_from, samples = np.array(fields, dtype=np.int64).T.copy()
+        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        return cls(slots, starts, counts, write_from, samples.astype(np.bool_), starts + counts, query_start)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start[-1])
+
+    def per_token(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+        """[T] each: slot, position, whether its KV is written."""
+        if self.num_tokens == len(self.slots):
+            return self.slots, self.starts, self.starts >= self.write_from
+        positions = np.arange(self.num_tokens) + np.repeat(self.starts - self.query_start[:-1], self.counts)
+        return np.repeat(self.slots, self.counts), positions, positions >= np.repeat(self.write_from, self.counts)
+
+
 class Buffers:
     """Per slot: tokens [max_num_seqs, max_model_len + 1] int32 and block table [max_num_seqs, MB] int32, on the host.
 
@@ -62,45 +97,29 @@ class Buffers:
             slots, indices, blocks = np.array(plan.table_edits, dtype=np.int64).T
             self._tables[slots, indices] = blocks
 
-    def inputs(self, rows: tuple[Row, ...], device: torch.device) -> StepInputs:
+    def inputs(self, rows: RowArrays) -> StepInputs:
         """The model's inputs for these rows, packed in their order."""
         # Every call of numpy or torch counts here: a decode step can be as short as a few hundred of them.
-        slots, starts, counts, write_from = np.array(
-            [(row.slot, row.start, row.num_tokens, row.write_from) for row in rows], dtype=np.int64
-        ).T.copy()
-        ends = starts + counts
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        # Of the T tokens.
-        slot_of, positions, kept_below = slots, starts, write_from
-        longest_query = int(counts.max())
-        if longest_query > 1:
-            slot_of = np.repeat(slots, counts)
-            positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
-            kept_below = np.repeat(write_from, counts)
+        slots, ends = rows.slots, rows.ends
+        slot_of, positions, written = rows.per_token()
         index, offset = np.divmod(positions, self._block_size)
         slot_mapping = self._tables[slot_of, index].astype(np.int64) * self._block_size + offset
-        slot_mapping[positions < kept_below] = -1
+        slot_mapping[~written] = -1
         longest = int(ends.max())
         width = -(-longest // self._block_size)
-
-        def send(array: npt.NDArray[np.generic]) -> torch.Tensor:
-            tensor = torch.from_numpy(array)
-            return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
-
         return StepInputs(
-            x=send(self._tokens[slot_of, positions].astype(np.int64)),
-            positions=send(positions),
+            x=torch.from_numpy(self._tokens[slot_of, positions].astype(np.int64)),
+            positions=torch.from_numpy(positions),
             attention=AttentionBatch(
-                block_tables=send(self._tables[slots, :width]),
-                query_start=send(query_start),
-                context_lens=send(ends.astype(np.int32)),
-                slot_mapping=send(slot_mapping),
-                max_query_len=longest_query,
+                block_tables=torch.from_numpy(self._tables[slots, :width]),
+                query_start=torch.from_numpy(rows.query_start.astype(np.int32)),
+                context_lens=torch.from_numpy(ends.astype(np.int32)),
+                slot_mapping=torch.from_numpy(slot_mapping),
+                max_query_len=int(rows.counts.max()),
                 max_context_len=longest,
             ),
             slots=slots,
-            last=query_start[1:].astype(np.int64) - 1,
+            last=rows.query_start[1:] - 1,
             ends=ends,
         )
 

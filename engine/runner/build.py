@@ -6,6 +6,7 @@ blocks: `build_part` loads the weights and says how many fit, `Part.allocate` ta
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,12 +35,16 @@ from octavo.engine.process.wire import Begin
 from octavo.engine.quant.gather import stored_matrices
 from octavo.engine.quant.methods import choose_methods
 from octavo.engine.quant.scheme import read_scheme
-from octavo.engine.runner.buffers import Buffers
+from octavo.engine.runner.buffers import Buffers, RowArrays, StepInputs
+from octavo.engine.runner.capability import Wanted, check_gpu, check_triton, gpu_of
+from octavo.engine.runner.device import is_host
+from octavo.engine.runner.device_buffers import DeviceBuffers
 from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
 from octavo.engine.runner.runner import Runner
 from octavo.engine.runner.sampling_state import SamplingState
 from octavo.engine.runner.stage import Stage
+from octavo.engine.runner.whole_steps import WholeSteps
 from octavo.engine.types import EngineInfo, GenerationDefaults
 from octavo.kernels import ops as kernel_ops
 
@@ -97,20 +102,31 @@ class Part:
         """The KV pool and the buffers, and the runner that uses them."""
         config, context, model = self.config, self.context, self.model
         pool = KVPool.allocate(model.kv_specs(), num_blocks, config.block_size, context.device)
-        buffers = Buffers(config.max_num_seqs, max_model_len, config.block_size)
         sampling = SamplingState(config.max_num_seqs, max_model_len, self.info.vocab_size, context.device)
         stage = Stage(context.mesh.pp, model.width, context.dtype, context.device)
-        graphs = StepGraphs(
-            model,
-            pool.caches,
-            context.ops,
-            buffers.max_num_seqs,
-            buffers.table_width,
-            hidden=None if stage.is_first else (model.width, context.dtype),
-            collective=context.mesh.tp.size > 1,
-        )
         pooler = Pooler(model, self.activation)
-        return Runner(model, pool, context.ops, buffers, sampling, context.device, stage, graphs, pooler)
+        sizes = (config.max_num_seqs, max_model_len, config.block_size)
+        hidden = None if stage.is_first else (model.width, context.dtype)
+        ops, device = context.ops, context.device
+        if is_host(device):
+            buffers = Buffers(*sizes)
+            graphs = StepGraphs(
+                model,
+                pool.caches,
+                ops,
+                buffers.max_num_seqs,
+                buffers.table_width,
+                hidden,
+                collective=context.mesh.tp.size > 1,
+            )
+            return Runner(model, pool, ops, buffers, sampling, device, stage, graphs, pooler)
+
+        def forward(inputs: StepInputs) -> torch.Tensor:
+            return model(inputs.x, inputs.positions, pool.caches, inputs.attention)
+
+        there = DeviceBuffers(*sizes, device)
+        replay = WholeSteps(model, pool.caches, ops, there, hidden)
+        return Runner(model, pool, ops, there, sampling, device, stage, forward, pooler, replay)
 
     def close(self) -> None:
         self.context.mesh.close()
@@ -135,13 +151,17 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         scheme = read_scheme(checkpoint.config)
         stored = "gguf" if source.kind == "gguf" else scheme.method if scheme else None
         methods = choose_methods(config.quantization, config.quantize_lm_head, stored, ops)
+        kv_dtype = pick_kv_dtype(config.kv_cache_dtype, dtype, ops)
+        if device.type == "cuda":
+            in_float8 = methods.name == "fp8" or (methods.name == stored and scheme is not None and scheme.has_float8)
+            check_gpu(gpu_of(device), Wanted("triton" in dict(ops.bodies).values(), dtype, kv_dtype, in_float8))
         context = BuildContext(
             mesh=mesh,
             ops=ops,
             dtype=dtype,
             device=device,
             max_model_len=length,
-            kv_dtype=pick_kv_dtype(config.kv_cache_dtype, dtype, device),
+            kv_dtype=kv_dtype,
             linear_method=methods.linear,
             head_method=methods.head,
             table_method=methods.table,
@@ -154,7 +174,7 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
             init_dummy(model, config.seed)
         else:
             weights = checkpoint.weights()
-            load_weights(model, weights if scheme is None else stored_matrices(weights, scheme))
+            load_weights(model, weights if scheme is None else stored_matrices(weights, scheme), device=device)
     info = EngineInfo(
         model=source.name,
         max_model_len=length,
@@ -201,10 +221,14 @@ def pick_dtype(name: str, device: torch.device, exact: bool = False) -> torch.dt
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def pick_kv_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def pick_kv_dtype(name: str, dtype: torch.dtype, ops: kernel_ops.Ops) -> torch.dtype:
     """auto = the model's."""
-    if name == "int8" and device.type != "cpu":
-        raise ConfigError("kv_cache_dtype int8 runs on CPU only so far: use auto, float32 or bfloat16.")
+    if name in ("fp8", "fp8_e4m3"):
+        if dict(ops.bodies)["write_kv"] == "cpu":
+            raise ConfigError(
+                "The native CPU kernels have no kv_cache_dtype fp8: use int8, which takes as much memory."
+            )
+        return torch.float8_e4m3fn
     return dtype if name == "auto" else getattr(torch, name)
 
 
@@ -227,6 +251,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> kernel_ops.Ops:
+    if device.type == "cuda":
+        check_triton(config.kernels, importlib.util.find_spec("triton") is not None)
     try:
         ops = kernel_ops.select(device, dtype, config.kernels, env.cpu_isa())
     except (ValueError, ImportError) as error:
@@ -237,7 +263,7 @@ def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> kern
             f"batch_invariant is not to be had with the {bodies} kernels and dtype {dtype}: only the native CPU ops "
             f"guarantee it, in float32 and bfloat16."
         )
-    return ops
+    return replace(ops, record=None) if config.enforce_eager else ops
 
 
 def _context_length(config: EngineConfig, of_model: int, trained: int | None) -> int:
@@ -262,9 +288,9 @@ def _step_bytes(config: EngineConfig, model: CausalLM, context: BuildContext) ->
     specs = model.kv_specs()
     pool = KVPool.allocate(specs, -(-tokens // config.block_size), config.block_size, device)
     widths = [min(length, tokens - start) for start in range(0, tokens, length)]
-    buffers = Buffers(len(widths), length, config.block_size)
+    buffers = DeviceBuffers(len(widths), length, config.block_size, device)
     rows = tuple(Row(slot, 0, width, write_from=width, samples=True) for slot, width in enumerate(widths))
-    inputs = buffers.inputs(rows, device)
+    inputs = buffers.inputs(RowArrays.of(rows))
     x = inputs.x if pp.is_first else torch.zeros(tokens, model.width, dtype=context.dtype, device=device)
     with torch.inference_mode():
         hidden = model(x, inputs.positions, pool.caches, inputs.attention)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from octavo.engine.core.plan import TokenMasks
+from octavo.engine.runner.device import send
 from octavo.engine.runner.sampling_state import Ints
 from octavo.kernels.sampling import Masks
 
@@ -17,7 +18,4 @@ def to_masks(masks: TokenMasks, places: Ints, device: torch.device) -> Masks | N
         return None
     # bytearray: torch wants memory that could be written to.
     joined = np.frombuffer(bytearray().join(masks.rows), np.int32).reshape(len(given), -1)
-    bits = torch.from_numpy(joined)
-    if device.type == "cuda":
-        bits = bits.pin_memory().to(device, non_blocking=True)
-    return Masks(places[given], bits)
+    return Masks(places[given], send(joined, device))

@@ -6,30 +6,36 @@ here. It decides nothing: which rows, which blocks, when to stop, all is the sch
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 import torch
 from msgspec import structs
 
-from octavo.engine.core.plan import NO_MASKS, MaskSource, Row, RowResult, StepPlan, StepResult
+from octavo.engine.core.plan import NO_MASKS, Computed, MaskSource, Pending, Row, RowResult, StepPlan, StepResult
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.parallel.mesh import Group
 from octavo.engine.pooling.worker import Pooler
-from octavo.engine.runner.buffers import Buffers, StepInputs
-from octavo.engine.runner.graph import StepGraphs
+from octavo.engine.runner.buffers import Buffers, RowArrays, StepInputs
+from octavo.engine.runner.device import Clock, HostClock, make_clock, send
+from octavo.engine.runner.device_buffers import DeviceBuffers
+from octavo.engine.runner.in_flight import HostCopies, InFlight
 from octavo.engine.runner.kv_pool import KVPool
 from octavo.engine.runner.logprobs import prompt_logprobs
 from octavo.engine.runner.masks import to_masks
-from octavo.engine.runner.sampler import Sampler
-from octavo.engine.runner.sampling_state import SamplingState
+from octavo.engine.runner.sampler import SampledTokens, Sampler, row_results
+from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, SamplingState
 from octavo.engine.runner.stage import Stage
 from octavo.engine.runner.vocab import VocabGather
+from octavo.engine.runner.whole_steps import Kind, WholeSteps
 from octavo.engine.types import TokenLogprobs
 from octavo.kernels.ops import AttentionBatch, Ops
+from octavo.kernels.sampling import Draws
+
+Finish = Callable[[], tuple[RowResult, ...]]  # waits for what a step's results need, and makes them
 
 
 class Model(Protocol):
@@ -62,7 +68,7 @@ class Model(Protocol):
 
 
 class Runner:
-    """One rank's half of the engine: `execute` turns a StepPlan into a StepResult.
+    """One rank's half of the engine: `execute` turns a StepPlan into a StepResult, on its way.
 
     Every rank of the last stage draws the same tokens; the ranks of other stages have no results.
     """
@@ -72,15 +78,18 @@ class Runner:
         model: Model,
         pool: KVPool,
         ops: Ops,
-        buffers: Buffers,
+        buffers: Buffers | DeviceBuffers,
         sampling: SamplingState,
         device: torch.device,
         stage: Stage,
-        forward: StepGraphs,
+        forward: Callable[[StepInputs], torch.Tensor],
         pooler: Pooler,
+        replay: WholeSteps | None = None,
     ) -> None:
+        """forward: hidden states [T, M] of a step; may be overwritten by the next. replay: of steps that the device can
+        do by itself. With DeviceBuffers, a step is under way when `execute` returns."""
         self.model = model
-        self.stage, self.forward = stage, forward
+        self.stage, self.forward, self.replay = stage, forward, replay
         self.pool = pool
         self.ops = ops
         self.buffers = buffers
@@ -88,21 +97,18 @@ class Runner:
         self.pooler = pooler
         self.sampler, self.vocab = Sampler(ops), VocabGather(ops, model.tp, model.vocab_shares)
         self.device = device
+        self._is_host = isinstance(buffers, Buffers)
+        self.clock: Clock = HostClock() if self._is_host else make_clock(device)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, masks: MaskSource = NO_MASKS) -> StepResult:
-        started = time.perf_counter()
+    def execute(self, plan: StepPlan, masks: MaskSource = NO_MASKS) -> Pending:
+        self.clock.begin()
         self._apply(plan)
-        inputs = self.buffers.inputs(plan.rows, self.device)
-        if not self.stage.is_first:
-            inputs = replace(inputs, x=self.stage.receive(len(inputs.x)))
-        hidden = self.forward(inputs)
-        results: tuple[RowResult, ...] = ()
-        if self.stage.is_last:
-            results = self._draw(plan, inputs, hidden, masks)
-        else:
-            self.stage.send(hidden)
-        return StepResult(plan.step_id, results, time.perf_counter() - started)
+        rows = RowArrays.of(plan.rows)
+        finish = self._replayed(plan, rows, masks) or self._computed(plan, rows, masks)
+        if self._is_host:
+            return Computed(StepResult(plan.step_id, finish(), *self.clock.end().read()))
+        return InFlight(plan.step_id, finish, self.clock.end())
 
     def _apply(self, plan: StepPlan) -> None:
         """Bring the rank's state up to the plan, before anything is computed."""
@@ -115,34 +121,95 @@ class Runner:
                 self.pooler.enter(new)
         self.buffers.apply(plan)
         if plan.copies:
-            pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
+            pairs = send(np.array(plan.copies, dtype=np.int64), self.device)
             for key_cache, value_cache in self.pool.caches:
                 self.ops.copy_blocks(key_cache, value_cache, pairs)
 
-    def _draw(
-        self, plan: StepPlan, inputs: StepInputs, hidden: torch.Tensor, masks: MaskSource
-    ) -> tuple[RowResult, ...]:
-        """Draw a token for each row that samples; log probabilities of prompt tokens, and pooled vectors, where asked
-        for."""
-        rows = plan.rows
-        prompt = {i: self._prompt_logprobs(row, inputs, hidden, i) for i, row in enumerate(rows) if _wants_prompt(row)}
-        pooled = self.pooler.pool(rows, inputs.last, hidden)
-        sampling = np.flatnonzero([row.samples for row in rows])
-        drawn: tuple[RowResult, ...] = ()
-        if len(sampling):
-            if len(sampling) < len(hidden):  # else each row is one token, and samples
-                hidden = hidden[torch.from_numpy(inputs.last[sampling]).to(self.device)]
-            slots, positions = inputs.slots[sampling], inputs.ends[sampling]
-            masked = np.flatnonzero([rows[i].masked for i in sampling.tolist()])
-            logits = self.vocab.gather(self.model.local_logits(hidden), slots, positions, self.sampling, masked)
-            allowed = to_masks(masks.take(plan.step_id), masked, self.device) if len(masked) else None
-            sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens, allowed)
-            self.buffers.store(slots, positions, sampled.token_ids)
-            drawn = sampled.to_host()
-        if len(drawn) == len(rows) and not prompt:
-            return drawn
-        results = pooled | dict(zip(sampling.tolist(), drawn, strict=True))
-        return tuple(_with_prompt(results.get(i, RowResult()), prompt.get(i, ())) for i in range(len(rows)))
+    def _replayed(self, plan: StepPlan, rows: RowArrays, masks: MaskSource) -> Finish | None:
+        """The step as a recorded one; None: it cannot be, and nothing is done yet."""
+        if self.replay is None or self.pooler or any(map(_wants_prompt, plan.rows)):
+            return None
+        sampling = np.flatnonzero(rows.samples)
+        kind, draws = self._kind(plan, rows, sampling)
+        shape = self.replay.shape(rows, kind)
+        if shape is None:
+            return None
+        x = None if self.stage.is_first else self.stage.receive(rows.num_tokens)
+        self.clock.launch()
+        result = self.replay.run(shape, rows, draws, x)
+        if result is None:  # this once: from now on `shape` says so
+            return self._computed(plan, rows, masks, x)
+        if kind is Kind.HIDDEN:
+            self.stage.send(result[: rows.num_tokens])
+            return lambda: ()
+        if kind is Kind.LOGITS:
+            return self._sampled(plan, rows, masks, sampling, result)
+        copies = HostCopies((result,))
+        return lambda: _placed(len(plan.rows), sampling, _drawn(copies.wait()[0], sampling))
+
+    def _kind(self, plan: StepPlan, rows: RowArrays, sampling: Ints) -> tuple[Kind, Draws | None]:
+        """How a recorded step ends, and how the rows are drawn that are not greedy."""
+        assert self.replay is not None
+        if not self.stage.is_last:
+            return Kind.HIDDEN, None
+        if not len(sampling):
+            return Kind.GREEDY, None
+        drawn = self.sampling.rows(rows.slots[sampling], rows.ends[sampling])
+        plain = self.model.tp.size == 1 and not any(row.masked for row in plan.rows)
+        if not plain or (drawn.logprobs != NO_LOGPROBS).any() or self.sampling.edits(drawn).any():
+            return Kind.LOGITS, None
+        drawing = np.flatnonzero(~drawn.greedy)
+        if not len(drawing):
+            return Kind.GREEDY, None
+        if not self.replay.draws_filtered:
+            return Kind.LOGITS, None
+        draws = self.sampling.draws(drawn, drawing)
+        kind = Kind.FILTERED if draws.filtered(self.sampling.vocab_size) else Kind.DRAWN
+        return kind, replace(draws, rows=sampling[drawing])
+
+    def _computed(self, plan: StepPlan, rows: RowArrays, masks: MaskSource, x: torch.Tensor | None = None) -> Finish:
+        """The step, op by op. x: what a later stage starts from, if it is here already."""
+        inputs = self.buffers.inputs(rows)
+        if not self.stage.is_first:
+            inputs = replace(inputs, x=self.stage.receive(len(inputs.x)) if x is None else x)
+        self.clock.launch()
+        hidden = self.forward(inputs)
+        if not self.stage.is_last:
+            self.stage.send(hidden)
+            return lambda: ()
+        wanting = [i for i, row in enumerate(plan.rows) if _wants_prompt(row)]
+        prompt = {i: self._prompt_logprobs(plan.rows[i], inputs, hidden, i) for i in wanting}
+        pooled = self.pooler.pool(plan.rows, inputs.last, hidden)
+        sampling = np.flatnonzero(rows.samples)
+        if not len(sampling):
+            return lambda: _with_prompts(_placed(len(plan.rows), sampling, (), pooled), prompt)
+        if len(sampling) < len(hidden):  # else each row is one token, and samples
+            hidden = hidden[send(inputs.last[sampling], self.device)]
+        drawn = self._sample(plan, rows, masks, sampling, self.model.local_logits(hidden))
+        return lambda: _with_prompts(_placed(len(plan.rows), sampling, drawn.to_host(), pooled), prompt)
+
+    def _sampled(
+        self, plan: StepPlan, rows: RowArrays, masks: MaskSource, sampling: Ints, logits: torch.Tensor
+    ) -> Finish:
+        """logits: [at least R, V of this rank], of every row's last token."""
+        if not len(sampling):
+            return lambda: _placed(len(plan.rows), sampling, ())
+        every = len(sampling) == len(plan.rows)
+        local = logits[: len(sampling)] if every else logits[send(sampling, self.device)]
+        drawn = self._sample(plan, rows, masks, sampling, local)
+        return lambda: _placed(len(plan.rows), sampling, drawn.to_host())
+
+    def _sample(
+        self, plan: StepPlan, rows: RowArrays, masks: MaskSource, sampling: Ints, local: torch.Tensor
+    ) -> SampledTokens:
+        """A token for each row of `sampling`, whose logits `local` [len(sampling), V of this rank] are."""
+        slots, positions = rows.slots[sampling], rows.ends[sampling]
+        masked = np.flatnonzero([plan.rows[i].masked for i in sampling.tolist()])
+        logits = self.vocab.gather(local, slots, positions, self.sampling, masked)
+        allowed = to_masks(masks.take(plan.step_id), masked, self.device) if len(masked) else None
+        sampled = self.sampler.sample(logits, slots, positions, self.sampling, self.buffers.tokens, allowed)
+        self.buffers.store(slots, positions, sampled.token_ids)
+        return sampled
 
     def _prompt_logprobs(
         self, row: Row, inputs: StepInputs, hidden: torch.Tensor, index: int
@@ -165,5 +232,30 @@ def _wants_prompt(row: Row) -> bool:
     return row.prompt_logprobs is not None
 
 
-def _with_prompt(result: RowResult, prompt_logprobs: tuple[TokenLogprobs, ...]) -> RowResult:
-    return structs.replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs else result
+def _drawn(result: torch.Tensor, sampling: Ints) -> tuple[RowResult, ...]:
+    """Of the rows `sampling`. result: [2, at least R] int32 on the host, see WholeSteps.run."""
+    at = torch.from_numpy(sampling)
+    token_ids, tops = result[0, at], result[1, at].view(torch.float32)
+    return row_results(token_ids.tolist(), tops.tolist())
+
+
+def _placed(
+    count: int, sampling: Ints, drawn: tuple[RowResult, ...], pooled: Mapping[int, RowResult] = MappingProxyType({})
+) -> tuple[RowResult, ...]:
+    """The results of all `count` rows, of which those that `sampling` names have drawn."""
+    if len(drawn) == count:
+        return drawn
+    results = {**pooled, **dict(zip(sampling.tolist(), drawn, strict=True))}
+    return tuple(results.get(i, RowResult()) for i in range(count))
+
+
+def _with_prompts(
+    results: tuple[RowResult, ...], prompt: Mapping[int, tuple[TokenLogprobs, ...]]
+) -> tuple[RowResult, ...]:
+    if not any(prompt.values()):
+        return results
+    given = (prompt.get(i, ()) for i in range(len(results)))
+    return tuple(
+        structs.replace(result, prompt_logprobs=logprobs) if logprobs else result
+        for result, logprobs in zip(results, given, strict=True)
+    )

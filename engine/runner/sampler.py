@@ -10,13 +10,16 @@ is an op (octavo.kernels.ops).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from octavo.engine.core.plan import RowResult
+from octavo.engine.runner.device import send
+from octavo.engine.runner.in_flight import HostCopies
 from octavo.engine.runner.logprobs import to_token_logprobs
 from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.engine.types import TokenLogprobs
@@ -37,7 +40,7 @@ class SampledTokens:
 
     token_ids: torch.Tensor
     _taken: tuple[_Taken, ...]
-    _copies: _HostCopies = field(repr=False)
+    _copies: HostCopies = field(repr=False)
 
     def to_host(self) -> tuple[RowResult, ...]:
         """One result per row. A row that could not be drawn from has no token, but an `error`: one sentence."""
@@ -47,12 +50,19 @@ class SampledTokens:
         for taken in self._taken:
             parts = tuple(next(copies) for _ in taken.logprobs.parts())
             logprobs.update(zip(taken.rows, to_token_logprobs(parts, taken.ks), strict=True))
-        return tuple(
-            RowResult((token,), (logprobs[row],) if row in logprobs else ())
-            if math.isfinite(top)
-            else RowResult(error=_NOTHING_LEFT if top == -math.inf else _NOT_FINITE)
-            for row, (token, top) in enumerate(zip(token_ids, tops, strict=True))
-        )
+        return row_results(token_ids, tops, logprobs)
+
+
+def row_results(
+    token_ids: list[int], tops: list[float], logprobs: Mapping[int, TokenLogprobs] = MappingProxyType({})
+) -> tuple[RowResult, ...]:
+    """One per row. tops: each row's largest logit, after what was done to them; logprobs: of the rows that asked."""
+    return tuple(
+        RowResult((token,), (logprobs[row],) if row in logprobs else ())
+        if math.isfinite(top)
+        else RowResult(error=_NOTHING_LEFT if top == -math.inf else _NOT_FINITE)
+        for row, (token, top) in enumerate(zip(token_ids, tops, strict=True))
+    )
 
 
 class Sampler:
@@ -92,7 +102,7 @@ class Sampler:
         if len(counted):
             state.penalties.count(rows.slots[counted], counted, drawn)
         taken = () if raw is None else self._take(raw, drawn, asking, rows, state)
-        copies = _HostCopies((drawn, peaks.top, *(part for group in taken for part in group.logprobs.parts())))
+        copies = HostCopies((drawn, peaks.top, *(part for group in taken for part in group.logprobs.parts())))
         return SampledTokens(drawn, taken, copies)
 
     def _choose(self, logits: torch.Tensor, peaks: Peaks, rows: Rows, state: SamplingState) -> torch.Tensor:
@@ -103,7 +113,7 @@ class Sampler:
         drawn = self._ops.draw(logits, peaks, state.draws(rows, drawing))
         if len(drawing) == len(rows.slots):
             return drawn
-        return peaks.token_ids.index_copy(0, torch.from_numpy(drawing).to(drawn.device), drawn)
+        return peaks.token_ids.index_copy(0, send(drawing, drawn.device), drawn)
 
     def _take(
         self, raw: torch.Tensor, drawn: torch.Tensor, asking: Ints, rows: Rows, state: SamplingState
@@ -152,7 +162,7 @@ def _edit(logits: torch.Tensor, rows: Rows, state: SamplingState, tokens: torch.
     if len(allowed):
         row, ids = _pairs(allowed, [state.allowed[slot] for slot in rows.slots[allowed].tolist()])
         kept = logits[row, ids]
-        logits[torch.from_numpy(allowed).to(logits.device)] = -torch.inf
+        logits[send(allowed, logits.device)] = -torch.inf
         logits[row, ids] = kept
     worded = _members(rows.slots, state.bad_words)
     if len(worded):
@@ -177,7 +187,7 @@ def _mask_bad_words(logits: torch.Tensor, worded: Ints, rows: Rows, state: Sampl
     """
     for row in worded.tolist():  # rows with bad words only: each costs O(its bad words)
         words = state.bad_words[int(rows.slots[row])]
-        possible = torch.from_numpy(words.lengths <= rows.num_output[row]).to(logits.device)
+        possible = send(words.lengths <= rows.num_output[row], logits.device)
         at = (int(rows.positions[row]) - words.back).clamp_(min=0)
         newest = tokens[int(rows.slots[row])][at.to(tokens.device)].to(logits.device)
         matches = possible & ((newest == words.want) | (words.want < 0)).all(dim=-1)
@@ -195,15 +205,14 @@ def _members(slots: Ints, kept: object) -> Ints:
 
 def _pairs(rows: Ints, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Index pairs (row, token id) for lists of ids per row."""
-    row = torch.from_numpy(np.repeat(rows, [len(x) for x in ids]))
-    return row.to(ids[0].device), torch.cat(ids)
+    return send(np.repeat(rows, [len(x) for x in ids]), ids[0].device), torch.cat(ids)
 
 
 def _select(logits: torch.Tensor, rows: Ints) -> torch.Tensor:
     """logits[rows], or logits itself where all rows are meant."""
     if len(rows) == len(logits):
         return logits
-    return logits[torch.from_numpy(rows).to(logits.device)]
+    return logits[send(rows, logits.device)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,23 +222,3 @@ class _Taken:
     rows: tuple[int, ...]
     ks: tuple[int, ...]
     logprobs: Logprobs
-
-
-class _HostCopies:
-    """Tensors on their way to the host. On CUDA the copies are queued behind the draw at once, into pinned memory."""
-
-    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        self._done: torch.cuda.Event | None = None
-        if tensors[0].device.type != "cuda":
-            self._host = tensors
-            return
-        self._host = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors)
-        for host, device in zip(self._host, tensors, strict=True):
-            host.copy_(device, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(tensors[0].device))
-
-    def wait(self) -> tuple[torch.Tensor, ...]:
-        if self._done is not None:
-            self._done.synchronize()
-        return self._host

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from octavo.engine.parallel.mesh import Group
+from octavo.engine.runner.device import send
 from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.kernels.ops import Ops
 from octavo.kernels.sampling import BLOCK
@@ -148,7 +149,7 @@ class VocabGather:
         if not len(rows):
             return at
         end = at + len(rows) * self._widest
-        index = torch.from_numpy(rows).to(out.device)
+        index = send(rows, out.device)
         for share, theirs in zip(self._shares, _floats(everyone[:, at:end]), strict=True):
             out[index, share.start : share.stop] = theirs.view(len(rows), self._widest)[:, : len(share)]
         self._left.append((index,))
@@ -159,7 +160,7 @@ class VocabGather:
         if not n:
             return at
         tops, ids = _floats(everyone[:, at : at + n]), everyone[:, at + n : at + 2 * n]
-        self._put(out, torch.from_numpy(rows).to(out.device), tops, ids)
+        self._put(out, send(rows, out.device), tops, ids)
         return at + 2 * n
 
     def _put_candidates(self, out: torch.Tensor, everyone: torch.Tensor, kinds: _Kinds, at: int) -> Ints:
@@ -170,12 +171,12 @@ class VocabGather:
         shape = (len(self._shares), n, k)
         values = _floats(everyone[:, at : at + n * k]).reshape(shape)
         ids = everyone[:, at + n * k : at + 2 * n * k].reshape(shape)
-        rows = torch.from_numpy(kinds.candidates).to(out.device)
+        rows = send(kinds.candidates, out.device)
         self._put(out, rows[:, None].expand(n, k), values, ids)
         # A rank may have more tokens that are no larger than the least it sent. They are drawn from only if they are no
         # smaller than the row's k-th largest: then they equal both.
         merged = values.permute(1, 0, 2).flatten(1).sort(dim=1, descending=True).values
-        kth = merged.gather(1, torch.from_numpy(kinds.top_k - 1).to(out.device)[:, None])[:, 0]
+        kth = merged.gather(1, send(kinds.top_k - 1, out.device)[:, None])[:, 0]
         crowded = (values[:, :, -1] >= kth).any(dim=0)
         return kinds.candidates[crowded.cpu().numpy()]
 
@@ -188,7 +189,7 @@ class VocabGather:
 
 
 def _pick(local: torch.Tensor, rows: Ints) -> torch.Tensor:
-    return local if len(rows) == len(local) else local[torch.from_numpy(rows).to(local.device)]
+    return local if len(rows) == len(local) else local[send(rows, local.device)]
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

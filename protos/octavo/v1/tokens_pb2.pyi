@@ -110,7 +110,7 @@ class PromptLogprobs(_message.Message):
     def __init__(self, positions: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "kv_blocks_total", "kv_blocks_held", "kv_blocks_cached", "steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "last_step_at", "prefill_tokens", "first_tokens", "first_token_s")
+    __slots__ = ("num_running", "num_waiting", "waiting_tokens", "kv_blocks_total", "kv_blocks_held", "kv_blocks_cached", "steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "last_step_at", "prefill_tokens", "first_tokens", "first_token_s", "step_s", "gap_s")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,8 @@ class EngineStats(_message.Message):
     PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    GAP_S_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     waiting_tokens: int
@@ -143,7 +145,9 @@ class EngineStats(_message.Message):
     prefill_tokens: int
     first_tokens: int
     first_token_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ..., prefill_tokens: _Optional[int] = ..., first_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ...) -> None: ...
+    step_s: float
+    gap_s: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_held: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., last_step_at: _Optional[float] = ..., prefill_tokens: _Optional[int] = ..., first_tokens: _Optional[int] = ..., first_token_s: _Optional[float] = ..., step_s: _Optional[float] = ..., gap_s: _Optional[float] = ...) -> None: ...
 
 class ReplicaStats(_message.Message):
     __slots__ = ("replica", "stats")
