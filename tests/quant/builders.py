@@ -12,29 +12,30 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("quant", "models", "engine/loader"))
-import gguf_writer
 import packers
 import tiny
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 State = dict[str, torch.Tensor]
 _IN_LAYERS = re.compile(r"\.(layers|h)\.\d+\..*\.weight$")
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _ARCHES = {
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral": MODEL_ARCH.LLAMA,
-    "qwen2": MODEL_ARCH.QWEN2,
-    "qwen3": MODEL_ARCH.QWEN3,
-    "gemma2": MODEL_ARCH.GEMMA2,
-    "gemma3_text": MODEL_ARCH.GEMMA3,
-    "phi3": MODEL_ARCH.PHI3,
-    "gpt2": MODEL_ARCH.GPT2,
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "gemma2": "GEMMA2",
+    "gemma3_text": "GEMMA3",
+    "phi3": "PHI3",
+    "gpt2": "GPT2",
 }
 
 
@@ -134,10 +135,12 @@ def write_fp8(source: Path, target: Path, block: tuple[int, int] | None = (32, 3
 
 def write_gguf(source: Path, path: Path, types: GGMLQuantizationType | dict[str, GGMLQuantizationType]) -> None:
     """types: one for all matrices, or parts of GGUF names → their type (see `gguf_writer.write_gguf`)."""
+    import gguf_writer  # tests on a GPU have no gguf
+    from gguf import MODEL_ARCH
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    gguf_writer.write_gguf(path, _ARCHES[model.config.model_type], model, types)
+    gguf_writer.write_gguf(path, MODEL_ARCH[_ARCHES[model.config.model_type]], model, types)
 
 
 _FORMAT = {"format": "pt"}
