@@ -102,6 +102,7 @@ class Weight(nn.Parameter):
     """A parameter with its shard rule. Starts as zeros; never trained."""
 
     rule: ShardRule
+    takes_whole = False  # its method reads all of a tensor, whatever it keeps
 
     def __new__(cls, shape: Sequence[int], rule: ShardRule, dtype: torch.dtype, device: torch.device) -> Weight:
         self = super().__new__(cls, torch.zeros(*shape, dtype=dtype, device=device), requires_grad=False)
@@ -134,11 +135,20 @@ class Weight(nn.Parameter):
 
         Raises ConfigError on shape, ValueError where a quantized matrix cannot be cut.
         """
+        for p, mine in self.slices(part, source):
+            yield p, read(mine)
+
+    def slices(self, part: str | None, source: Source) -> Iterator[tuple[Part, Source]]:
+        """As `cut`, not read. Raises ConfigError on shape."""
         self.check(part, source.shape)
         at = 0
         for p in self.parts(part):
-            yield p, read(source.narrow(self.rule.axis, at + p.source, p.size))
+            yield p, source.narrow(self.rule.axis, at + p.source, p.size)
             at += p.whole
+
+    def will_read(self, part: str | None, source: Source) -> list[Source]:
+        """What loading it will read of a checkpoint tensor, which can be read ahead. Raises ConfigError on shape."""
+        return [source] if self.takes_whole else [mine for _, mine in self.slices(part, source)]
 
 
 class Layer(nn.Module):

@@ -6,6 +6,7 @@ Does not know what the config's fields mean to a model.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.engine.errors import ConfigError
+from octavo.engine.layers.weight import Source
 from octavo.engine.loader.checkpoint import Checkpoint
+from octavo.engine.loader.file_tensor import FileTensor, OpenFile
 from octavo.engine.loader.weight_files import find_weights, read_json
 from octavo.engine.types import GenerationDefaults
 
@@ -90,11 +93,16 @@ def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One tensor of a safetensors file. offset: bytes within the file's data."""
+    """One tensor of a safetensors file. offset: bytes from the file's beginning."""
 
     name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
     offset: int
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _FolderCheckpoint:
@@ -109,7 +117,7 @@ class _FolderCheckpoint:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         raise NotImplementedError
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[str, Source]]:
         """The tensors themselves: they are views of the mapped files."""
         return self.tensors()
 
@@ -130,15 +138,25 @@ class SafetensorsCheckpoint(_FolderCheckpoint):
         return sum(entry.num_bytes for entries in self._entries.values() for entry in entries)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from safetensors import SafetensorError, safe_open
+        return ((name, tensor.read()) for name, tensor in self._stored())
 
+    def weights(self) -> Iterator[tuple[str, Source]]:
+        """Vectors, which are small and taken whole, are read; matrices are not."""
+        return ((name, tensor if len(tensor.shape) > 1 else tensor.load()) for name, tensor in self._stored())
+
+    def _stored(self) -> Iterator[tuple[str, FileTensor]]:
         for path, entries in self._entries.items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for entry in entries:
-                        yield entry.name, file.get_tensor(entry.name)
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"Cannot read weights from {path}: {error}.") from error
+            file = OpenFile(path)
+            for entry in entries:
+                yield entry.name, FileTensor.of(file, entry.dtype, entry.shape, entry.offset)
+
+
+_DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32},
+    **{"I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
+    **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+}
 
 
 def _entries(path: Path) -> tuple[_Entry, ...]:
@@ -152,18 +170,26 @@ def _entries(path: Path) -> tuple[_Entry, ...]:
             (length,) = struct.unpack("<Q", start)
             size = path.stat().st_size
             header: dict[str, Any] = json.loads(file.read(length)) if length <= size else {}
-        entries = [
-            _Entry(name, offsets[0], offsets[1] - offsets[0])
-            for name, offsets in ((name, header[name]["data_offsets"]) for name in header if name != "__metadata__")
-        ]
+        entries = [_entry(path, name, header[name], 8 + length) for name in header if name != "__metadata__"]
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{path} is not a safetensors file, or it is damaged.{_lfs_hint(start)}") from error
-    end = 8 + length + max((entry.offset + entry.num_bytes for entry in entries), default=0)
+    end = max((entry.offset + entry.num_bytes for entry in entries), default=8 + length)
     if end > size:
         raise ConfigError(f"{path} is cut off: {size} of {end} bytes are there.{_lfs_hint(start)} Download it again.")
     return tuple(sorted(entries, key=lambda entry: entry.offset))
+
+
+def _entry(path: Path, name: str, said: dict[str, Any], start: int) -> _Entry:
+    """said: of a tensor in the header. start: of the file's data."""
+    kind, (first, end), shape = said["dtype"], said["data_offsets"], tuple(said["shape"])
+    if kind not in _DTYPES:
+        raise ConfigError(f"{path}: tensor {name!r} is of type {kind}; supported are {', '.join(_DTYPES)}.")
+    entry = _Entry(name, _DTYPES[kind], shape, start + first)
+    if entry.num_bytes != end - first:
+        raise ValueError(name)
+    return entry
 
 
 def _lfs_hint(start: bytes) -> str:

@@ -6,9 +6,8 @@ Knows how files, header, names, config and blocks fit together; what each means 
 from __future__ import annotations
 
 import math
-import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.weight import Source, read
+from octavo.engine.loader.file_tensor import Arrival, Expected, FileTensor, InFile, OpenFile
 from octavo.engine.loader.gguf_blocks import TYPES, TensorType, dequantize, matrix
 from octavo.engine.loader.gguf_config import Facts, make_config
 from octavo.engine.loader.gguf_header import Header, TensorInfo, read_header
@@ -62,19 +62,19 @@ class _Stored:
 class StoredBlocks:
     """A quantized matrix in its file (see `octavo.engine.layers.weight.Stored`).
 
-    raw: [N, bytes of a row] uint8, a view of the file. rows: which of them, in the order wanted; columns: of weights.
+    raw: [N, bytes of a row] uint8. rows: which of them, in the order wanted; columns: of weights.
     """
 
-    raw: torch.Tensor
+    raw: FileTensor | Expected
     kind: TensorType
     rows: range | torch.Tensor
     columns: range
 
     @classmethod
-    def of(
-        cls, raw: torch.Tensor, kind: TensorType, shape: tuple[int, ...], order: torch.Tensor | None
-    ) -> StoredBlocks:
-        return cls(raw.view(shape[0], -1), kind, range(shape[0]) if order is None else order, range(shape[1]))
+    def of(cls, file: OpenFile, stored: _Stored, order: torch.Tensor | None) -> StoredBlocks:
+        (rows, columns), kind = stored.info.shape, stored.kind
+        raw = FileTensor.of(file, torch.uint8, (rows, kind.num_bytes(columns)), stored.info.offset)
+        return cls(raw, kind, range(rows) if order is None else order, range(columns))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,20 +90,34 @@ class StoredBlocks:
         return replace(self, columns=self.columns[start : start + size])
 
     def read(self) -> Matrix:
-        """Reads whole blocks of the rows asked for. Raises ValueError where groups cannot be cut."""
-        weights, size, columns = self.kind.weights, self.kind.size, self.columns
-        first, last = columns.start // weights, -(-columns.stop // weights)
-        blocks = self.raw[:, first * size : last * size]
-        taken = blocks[self.rows.start : self.rows.stop] if isinstance(self.rows, range) else blocks[self.rows]
-        whole = matrix(taken.flatten(), self.kind, (len(taken), (last - first) * weights))
-        return whole.narrow(1, columns.start - first * weights, len(columns))
+        """On the device where the blocks are. Raises ValueError where groups cannot be cut."""
+        weights, columns, taken = self.kind.weights, self.columns, self._taken().read()
+        if not isinstance(self.rows, range):
+            taken = taken[self.rows.to(taken.device)]
+        first, width = columns.start // weights * weights, taken.shape[1] // self.kind.size * weights
+        whole = matrix(taken.flatten(), self.kind, (len(taken), width))
+        return whole.narrow(1, columns.start - first, len(columns))
+
+    def slices(self) -> Iterator[FileTensor]:
+        """See `octavo.engine.loader.file_tensor.InFile`."""
+        return self._taken().slices()
+
+    def expecting(self, arrivals: Mapping[FileTensor, Arrival]) -> StoredBlocks:
+        return replace(self, raw=self.raw.expecting(arrivals))
+
+    def _taken(self) -> FileTensor | Expected:
+        """Whole blocks; all rows where they come in another order."""
+        weights, size = self.kind.weights, self.kind.size
+        first, last = self.columns.start // weights, -(-self.columns.stop // weights)
+        raw = self.raw.narrow(1, first * size, (last - first) * size)
+        return raw.narrow(0, self.rows.start, len(self.rows)) if isinstance(self.rows, range) else raw
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
     """An unquantized tensor in its file, whose rows come in another order. order: [N] int64."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor | FileTensor | Expected
     order: torch.Tensor
 
     @property
@@ -120,7 +134,16 @@ class StoredRows:
         return replace(self, tensor=self.tensor.narrow(axis, start, size))
 
     def read(self) -> torch.Tensor:
-        return self.tensor[self.order]
+        tensor = read(self.tensor)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor[self.order.to(tensor.device)]
+
+    def slices(self) -> Iterator[FileTensor]:
+        """See `octavo.engine.loader.file_tensor.InFile`."""
+        return self.tensor.slices() if isinstance(self.tensor, InFile) else iter(())
+
+    def expecting(self, arrivals: Mapping[FileTensor, Arrival]) -> StoredRows:
+        return replace(self, tensor=self.tensor.expecting(arrivals)) if isinstance(self.tensor, InFile) else self
 
 
 class GGUFCheckpoint:
@@ -175,15 +198,18 @@ class GGUFCheckpoint:
 
     def weights(self) -> Iterator[tuple[str, Source]]:
         """(Hugging Face name, weight) in file order. Nothing but small tensors is read before it is asked for."""
-        for stored, raw in self._raw():
-            rows, place = stored.info.shape[0], stored.place
-            order = row_order(rows, place.heads) if place.heads else None
-            if stored.kind.decode is not None and len(stored.info.shape) == 2:
-                yield place.name, StoredBlocks.of(raw, stored.kind, stored.info.shape, order)
+        files = self._open()
+        for stored in self._stored:
+            file, shape, place = files[stored.path], stored.info.shape, stored.place
+            order = row_order(shape[0], place.heads) if place.heads else None
+            if stored.kind.decode is not None and len(shape) == 2:
+                yield place.name, StoredBlocks.of(file, stored, order)
                 continue
-            tensor = dequantize(raw, stored.kind).view(stored.info.shape)
-            if place.undo is not None:
-                tensor = place.undo(tensor)
+            tensor: Source = FileTensor.of(file, stored.kind.dtype, shape, stored.info.offset)
+            if len(shape) == 1 or stored.kind.decode is not None or place.undo is not None:
+                raw = file.mapped[stored.info.offset : stored.info.offset + stored.num_bytes]
+                tensor = dequantize(raw, stored.kind).view(shape)
+                tensor = tensor if place.undo is None else place.undo(tensor)
             yield place.name, tensor if order is None else StoredRows(tensor, order)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
@@ -192,20 +218,17 @@ class GGUFCheckpoint:
 
     def float_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, but quantized matrices in float32, as transformers has them: what its load_state_dict takes."""
-        for stored, raw in self._raw():
+        files = self._open()
+        for stored in self._stored:
+            raw = files[stored.path].mapped[stored.info.offset : stored.info.offset + stored.num_bytes]
             tensor = dequantize(raw, stored.kind).view(stored.info.shape)
             if stored.place.undo is not None:
                 tensor = stored.place.undo(tensor)
             heads = stored.place.heads
             yield stored.place.name, tensor[row_order(len(tensor), heads)] if heads else tensor
 
-    def _raw(self) -> Iterator[tuple[_Stored, torch.Tensor]]:
-        """Every tensor with its bytes."""
-        path, data = None, None
-        for stored in self._stored:
-            if data is None or stored.path != path:
-                path, data = stored.path, _map(stored.path)
-            yield stored, data[stored.info.offset : stored.info.offset + stored.num_bytes]
+    def _open(self) -> dict[Path, OpenFile]:
+        return {path: OpenFile(path) for path in dict.fromkeys(stored.path for stored in self._stored)}
 
 
 def _is_wanted(key: str) -> bool:
@@ -293,9 +316,3 @@ def _numbers(path: Path, info: TensorInfo) -> tuple[float, ...]:
         file.seek(info.offset)
         raw = file.read(size)
     return tuple(dequantize(torch.frombuffer(bytearray(raw), dtype=torch.uint8), kind).double().tolist())
-
-
-def _map(path: Path) -> torch.Tensor:
-    """The file's bytes: [size] uint8. The mapping is private and lives as long as a tensor that views it."""
-    with open(path, "rb") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)

@@ -15,8 +15,9 @@ import torch
 
 from octavo.kernels.matrix import Matrix
 
-# Blocks are taken apart one megabyte at a time, so that a chunk's intermediates stay in the CPU's cache.
-_CHUNK_WEIGHTS = 1 << 18
+# Blocks are taken apart a megabyte at a time, so that a chunk's intermediates stay in a CPU's cache; a GPU wants more
+# to do at once.
+_CHUNK_WEIGHTS, _GPU_CHUNK_WEIGHTS = 1 << 18, 1 << 24
 
 
 class Parts(NamedTuple):
@@ -49,11 +50,11 @@ class TensorType:
 
 
 def matrix(data: torch.Tensor, kind: TensorType, shape: tuple[int, int]) -> Matrix:
-    """data: [bytes] uint8, whole blocks of a quantized type; shape: [N, K], K whole blocks. Exact."""
+    """data: [bytes] uint8 on any device, whole blocks of a quantized type; shape: [N, K], K whole blocks. Exact."""
     assert kind.decode is not None
     blocks = data.view(-1, kind.size)
-    step = _CHUNK_WEIGHTS // kind.weights
-    codes = torch.empty(len(blocks), kind.weights, dtype=torch.uint8)
+    step = (_CHUNK_WEIGHTS if data.device.type == "cpu" else _GPU_CHUNK_WEIGHTS) // kind.weights
+    codes = data.new_empty(len(blocks), kind.weights)
     scales, mins = [], []
     for start in range(0, len(blocks), step):
         parts = kind.decode(blocks[start : start + step])
@@ -97,7 +98,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def _bits(packed: torch.Tensor) -> torch.Tensor:
     """packed: [n, 4] uint8 → [n, 32] uint8: bit i of the little-endian 32-bit number, in bit 4."""
-    shifts = torch.arange(8, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts & 1) << 4).view(-1, 32)
 
 
@@ -147,7 +148,7 @@ def _q4_k(blocks: torch.Tensor) -> Parts:
 def _q5_k(blocks: torch.Tensor) -> Parts:
     """As Q4_K, and 32 bytes of high bits: bit i of byte j belongs to weight j of sub-block i."""
     low = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).view(-1, 8, 32)
-    shifts = torch.arange(8, dtype=torch.uint8).view(8, 1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
     codes = ((blocks[:, 16:48].unsqueeze(1) >> shifts & 1) << 4).bitwise_or_(low)
     return Parts(codes.view(-1, 256), *_sub_scales(blocks))
 
@@ -159,7 +160,7 @@ def _q6_k(blocks: torch.Tensor) -> Parts:
     weights; 32 bytes hold the high 2 bits of the four rows.
     """
     codes = _nibbles(blocks[:, :128].unflatten(1, (2, 64))).view(-1, 2, 4, 32)
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).view(4, 1)
     codes |= (blocks[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts & 3) << 4
     scales = blocks[:, 192:208].view(torch.int8).float() * _half(blocks, 208).float()
     return Parts(codes.view(-1, 256), scales)

@@ -27,5 +27,5 @@ def matrix(form: AWQ, pieces: Mapping[str, torch.Tensor]) -> Matrix:
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """words: [r, N / 8] int32 → [N, r] uint8."""
-    shifts = 4 * torch.tensor(_PLACES, dtype=torch.int32).view(8, 1)
+    shifts = 4 * torch.tensor(_PLACES, dtype=torch.int32).view(8, 1).to(words.device)
     return (words.t().contiguous().unsqueeze(1) >> shifts & 15).to(torch.uint8).flatten(0, 1)

@@ -26,7 +26,7 @@ def of_codes(
     """w = scale × (code - zero), each input taking its group's.
 
     codes: [N, K] uint8. scales: [N, G] of any float dtype. zeros: [N, G] of any integer dtype, or one for all.
-    groups: [K], the group of each input; or inputs per group, 0 = all; then the last may be short.
+    groups: [K] on the host, the group of each input; or inputs per group, 0 = all; then the last may be short.
 
     float16 scales stay float16 unless there are minima that are not exact in it; others become float32.
     """
@@ -37,8 +37,10 @@ def of_codes(
     if isinstance(groups, torch.Tensor):
         index, order = torch.sort(index, stable=True)
         if not torch.equal(order, torch.arange(width)):
-            codes, inputs = codes[:, order], order
+            inputs = order.to(codes.device)
+            codes = codes[:, inputs]
     step, pick = _steps(index)
+    pick = pick.to(scales.device)
     scales = _as_stored(scales)
     zero, mins = 0, None
     if isinstance(zeros, int):
@@ -66,6 +68,7 @@ def of_numbers(values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int
     rows, columns = _group_index(block[0], height), _group_index(block[1], width)
     _expect("scales", scales, (int(rows[-1]) + 1, int(columns[-1]) + 1))
     step, pick = _steps(columns)
+    rows, pick = rows.to(scales.device), pick.to(scales.device)
     return Matrix(values, 8, step, _as_stored(scales)[rows][:, pick].contiguous())
 
 
@@ -86,7 +89,7 @@ def _as_stored(scales: torch.Tensor) -> torch.Tensor:
 
 
 def _group_index(groups: torch.Tensor | int, width: int) -> torch.Tensor:
-    """[K] int64, the group of each input."""
+    """[K] int64 on the host, the group of each input: what is asked of it needs no wait for a GPU."""
     if isinstance(groups, int):
         return torch.arange(width) // (groups or width)
     if tuple(groups.shape) != (width,) or int(groups.min()) < 0:

@@ -17,8 +17,8 @@ GROUP_SIZES = (128, 64, 32)
 _FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 _HALF = torch.finfo(torch.float16)
 _FIT_PASSES = 4
-# Rows are worked on one megabyte at a time, so that intermediates stay in the CPU's cache.
-_CHUNK_WEIGHTS = 1 << 18
+# Rows are worked on a megabyte at a time, so that intermediates stay in a CPU's cache; a GPU wants more to do at once.
+_CHUNK_WEIGHTS, _GPU_CHUNK_WEIGHTS = 1 << 18, 1 << 24
 
 
 class Quantizer(Protocol):
@@ -43,7 +43,7 @@ def int8(weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
     Scales are float16 where all of them have its full precision, else float32.
     """
     kept = _kept(weight, inputs)
-    codes = torch.empty(len(weight), len(kept), dtype=torch.uint8)
+    codes = weight.new_empty(len(weight), len(kept), dtype=torch.uint8)
     scales = torch.cat([_largest(chunk) for _, chunk in _chunks(weight)]) / 127
     half = scales.half()
     if ((half.abs() >= _HALF.tiny) & half.isfinite() | (scales == 0)).all():
@@ -57,8 +57,8 @@ def int8(weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
 def fp8(weight: torch.Tensor, *, inputs: range | None = None) -> Matrix:
     """float8_e4m3fn, one float32 scale per output."""
     kept = _kept(weight, inputs)
-    values = torch.empty(len(weight), len(kept), dtype=torch.float8_e4m3fn)
-    scales = torch.empty(len(weight), 1)
+    values = weight.new_empty(len(weight), len(kept), dtype=torch.float8_e4m3fn)
+    scales = weight.new_empty(len(weight), 1, dtype=torch.float32)
     for rows, chunk in _chunks(weight):
         scales[rows] = _largest(chunk) / _FP8_MAX
         mine = chunk[:, kept.start : kept.stop] / _divisor(scales[rows])
@@ -82,8 +82,8 @@ def int4(weight: torch.Tensor, group_size: int = GROUP_SIZES[-1], *, inputs: ran
 
 def _int4(weight: torch.Tensor, group_size: int) -> Matrix:
     """weight: [N, K], K whole groups."""
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.float16)
+    codes = weight.new_empty(weight.shape, dtype=torch.uint8)
+    scales = weight.new_empty(weight.shape[0], weight.shape[1] // group_size, dtype=torch.float16)
     mins = torch.empty_like(scales)
     for rows, chunk in _chunks(weight):
         groups = chunk.reshape(len(chunk), -1, group_size)
@@ -102,7 +102,8 @@ QUANTIZERS: dict[str, Quantizer] = {"int8": int8, "int4": int4, "fp8": fp8}
 
 def _chunks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Some rows at a time: where they are, and they in float32."""
-    step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+    together = _CHUNK_WEIGHTS if weight.device.type == "cpu" else _GPU_CHUNK_WEIGHTS
+    step = max(1, together // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         yield rows, weight[rows].float()

@@ -7,15 +7,20 @@ What the numbers mean is in the formats' own files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from octavo.engine.layers.weight import read
+from octavo.engine.loader.file_tensor import Arrival, Expected, FileTensor, InFile
 from octavo.engine.quant.scheme import AWQ, GPTQ, Floats, Ints, Packed, WeightFormat
 from octavo.kernels.matrix import Matrix
 
-Pieces = Mapping[str, torch.Tensor]
+Piece = torch.Tensor | FileTensor | Expected
+Pieces = Mapping[str, Piece]
+
+_ON_HOST = frozenset({"g_idx", "weight_g_idx"})  # what is asked of them is answered there
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +75,14 @@ class StoredModule:
 
     form: WeightFormat
     pieces: Pieces
-    make: Callable[[Pieces], Matrix]
+    make: Callable[[Mapping[str, torch.Tensor]], Matrix]
     whole: tuple[int, int]
     kept: tuple[range, range]
 
     @classmethod
-    def of(cls, form: WeightFormat, pieces: Pieces, make: Callable[[Pieces], Matrix]) -> StoredModule:
+    def of(
+        cls, form: WeightFormat, pieces: Pieces, make: Callable[[Mapping[str, torch.Tensor]], Matrix]
+    ) -> StoredModule:
         whole = _shape(form, pieces)
         return cls(form, pieces, make, whole, (range(whole[0]), range(whole[1])))
 
@@ -93,29 +100,52 @@ class StoredModule:
         return replace(self, kept=(kept[0], kept[1]))
 
     def read(self) -> Matrix:
-        """Raises ValueError if the pieces do not fit together."""
-        known = axes(self.form)
-        taken = [self._covering(axis, known) for axis in (0, 1)]
-        cut = {name: self._cut(piece, known[name], taken) for name, piece in self.pieces.items() if name in known}
+        """On the device where its largest piece is. Raises ValueError if the pieces do not fit together."""
+        taken = self._taken()
+        cut = {name: read(piece) for name, piece in self._pieces(taken).items()}
+        device = max(cut.values(), key=lambda piece: piece.nbytes).device
+        cut = {name: piece if name in _ON_HOST else piece.to(device) for name, piece in cut.items()}
         if "weight_shape" in self.pieces:
-            cut["weight_shape"] = torch.tensor([len(taken[0]), len(taken[1])])
+            cut["weight_shape"] = torch.tensor([len(part) for part in taken])
         matrix = self.make(cut)
         for axis in (0, 1):
             if len(self.kept[axis]) != len(taken[axis]):
                 matrix = matrix.narrow(axis, self.kept[axis].start - taken[axis].start, len(self.kept[axis]))
         return matrix
 
+    def slices(self) -> Iterator[FileTensor]:
+        """See `octavo.engine.loader.file_tensor.InFile`."""
+        cut = self._pieces(self._taken()).values()
+        return (file for piece in cut if isinstance(piece, InFile) for file in piece.slices())
+
+    def expecting(self, arrivals: Mapping[FileTensor, Arrival]) -> StoredModule:
+        pieces = {
+            name: piece.expecting(arrivals) if isinstance(piece, FileTensor) else piece
+            for name, piece in self.pieces.items()
+        }
+        return replace(self, pieces=pieces)
+
+    def _taken(self) -> list[range]:
+        """Outputs and inputs to read."""
+        known = axes(self.form)
+        return [self._covering(axis, known) for axis in (0, 1)]
+
+    def _pieces(self, taken: list[range]) -> dict[str, Piece]:
+        """All but weight_shape, cut to them."""
+        known = axes(self.form)
+        return {name: self._cut(piece, known[name], taken) for name, piece in self.pieces.items() if name in known}
+
     def _covering(self, axis: int, known: Axes) -> range:
         """The least that is wanted, and no entry of any piece is cut."""
         kept, whole = self.kept[axis], self.whole[axis]
-        if axis == 1 and not {"g_idx", "weight_g_idx"}.isdisjoint(self.pieces):
+        if axis == 1 and not _ON_HOST.isdisjoint(self.pieces):
             return range(whole)  # inputs that belong to a group may be anywhere
         each = [place.each for name in self.pieces if name in known for place in known[name] if place.of == axis]
         step = math.lcm(*(size for size in each if size))
         return range(kept.start // step * step, min(whole, -(-kept.stop // step) * step))
 
-    def _cut(self, piece: torch.Tensor, places: tuple[Axis, Axis], taken: list[range]) -> torch.Tensor:
-        for axis, place in zip(range(piece.dim()), places, strict=False):
+    def _cut(self, piece: Piece, places: tuple[Axis, Axis], taken: list[range]) -> Piece:
+        for axis, place in zip(range(len(piece.shape)), places, strict=False):
             mine = taken[place.of]
             # An axis of another length says the same of all, or is wrong, which the format itself finds out.
             if place.each and piece.shape[axis] == -(-self.whole[place.of] // place.each):
