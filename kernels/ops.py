@@ -21,7 +21,7 @@ import torch
 
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.rounded import Rounded, Rounding
-from octavo.kernels.sampling import Draws, Logprobs, Masks, Peaks
+from octavo.kernels.sampling import Draws, Ints, Logprobs, Masks, Peaks, Penalised, Tallies
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,23 @@ class MaskLogits(Protocol):
         """-inf for every token of the masks' rows whose bit is 0. logits: [R, V] float32 contiguous. In place."""
 
 
+class ApplyPenalties(Protocol):
+    def __call__(self, logits: torch.Tensor, tallies: Tallies, penalised: Penalised) -> None:
+        """Penalise logits [R, V] float32 contiguous, in place, at the rows and known tokens of `penalised`.
+
+        As in vLLM: repetition first (positive logits divided, others multiplied), then frequency times the count, then
+        presence where the count is not 0. On a device without a wait for it.
+        """
+
+
+class CountTokens(Protocol):
+    def __call__(self, tallies: Tallies, places: Ints, rows: Ints, token_ids: torch.Tensor) -> None:
+        """Add token_ids[rows] to the tallies at `places`; host arrays [N], each place once. token_ids: [R] int64.
+
+        In place; on a device without a wait for it.
+        """
+
+
 class FindPeaks(Protocol):
     def __call__(self, logits: torch.Tensor) -> Peaks:
         """The largest of logits [R, V] float32 contiguous, per row and per block."""
@@ -256,6 +273,8 @@ class Ops:
     linear: Linear
     embedding: Embedding
     mask_logits: MaskLogits
+    apply_penalties: ApplyPenalties
+    count_tokens: CountTokens
     find_peaks: FindPeaks
     draw: Draw
     take_logprobs: TakeLogprobs

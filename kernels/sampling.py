@@ -1,6 +1,7 @@
-"""What the sampling ops take and give. Signatures: `octavo.kernels.ops`; definition: `octavo.kernels.ref.sampling`.
+"""What the sampling ops take and give. Signatures: `octavo.kernels.ops`; definitions: `octavo.kernels.ref.sampling` and
+`octavo.kernels.ref.penalties`.
 
-Knows tensors and per-row numbers. Does not know slots, penalties, masks or where a uniform comes from.
+Knows tensors and per-row numbers. Does not know slots, or where a mask or a uniform comes from.
 
 A vocabulary is handled in blocks of BLOCK tokens, the last one shorter: NB blocks.
 """
@@ -40,6 +41,42 @@ class Masks:
 
     rows: Ints
     bits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tallies:
+    """What penalties are counted by, at P places, each of one sequence; on the device of the logits, contiguous.
+
+    counts: [P, V] int32, how often each token was put out. known: [P, V] bool, the tokens a penalty can touch: those
+    put out, and with a repetition penalty those of the prompt. seen: [P, W] int64 and num_seen: [P] int64, the known
+    ones as a list, each once, so that a penalty reads the few tokens it changes and not the vocabulary. Entries past a
+    list's end are any token ids; there is at least one.
+    """
+
+    counts: torch.Tensor
+    known: torch.Tensor
+    seen: torch.Tensor
+    num_seen: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Penalised:
+    """Which N rows of a step are penalised, and how. Host arrays [N].
+
+    rows: their places in the batch, each once. places: in the tallies, each once. repetition, frequency, presence:
+    float32. longest: no row's list is longer; at most the lists' W.
+    """
+
+    rows: Ints
+    places: Ints
+    repetition: npt.NDArray[np.float32]
+    frequency: npt.NDArray[np.float32]
+    presence: npt.NDArray[np.float32]
+    longest: int
+
+    def numbers(self) -> Floats:
+        """[5, N]: what a body on a device reads."""
+        return np.stack([self.rows, self.places, self.repetition, self.frequency, self.presence]).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)

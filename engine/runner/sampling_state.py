@@ -11,7 +11,8 @@ change (never more than the vocabulary, which every step reads anyway).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,11 @@ import torch
 
 from octavo.engine.core.plan import NewSequence
 from octavo.engine.params import SamplingParams
+from octavo.engine.runner.device import send
 from octavo.engine.runner.philox import Ahead
-from octavo.kernels.sampling import Draws
+from octavo.kernels import ref
+from octavo.kernels.ops import ApplyPenalties, CountTokens
+from octavo.kernels.sampling import Draws, Penalised, Tallies
 
 Ints = npt.NDArray[np.int64]
 
@@ -59,10 +63,18 @@ class SamplingState:
     """Sampling state of every slot of one rank. Written by the runner: `enter`, `leave`; by the sampler:
     `penalties.count`.
 
-    A slot's counts live on the device and follow the order of launches, so nothing here waits for the device.
+    A slot's counts live on the device and follow the order of launches, so nothing here waits for the device. ops:
+    that counting and penalties go by.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab_size: int,
+        device: torch.device,
+        ops: PenaltyOps = ref,
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._num_prompt = np.zeros(max_num_seqs, np.int64)
@@ -80,7 +92,7 @@ class SamplingState:
         self.stops: dict[int, torch.Tensor] = {}  # only slots with min_tokens
         self.bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # slot → token ids [N], biases [N] float32
         self.candidates: dict[int, torch.Tensor] = {}  # slot → token ids [N] whose log probabilities are wanted
-        self.penalties = Penalties(vocab_size, self.device)
+        self.penalties = Penalties(vocab_size, self.device, ops)
 
     def enter(self, new: NewSequence) -> None:
         """A sequence enters `new.slot`; whatever was there is forgotten. O(len(new.token_ids)).
@@ -99,15 +111,15 @@ class SamplingState:
         self._seeds[slot] = new.seed & (2**64 - 1)
         self._logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
         if params.logprob_token_ids:
-            self.candidates[slot] = self._ids(params.logprob_token_ids).to(self.device)
+            self.candidates[slot] = send(self._ids(params.logprob_token_ids), self.device)
         if params.allowed_token_ids:
-            self.allowed[slot] = self._ids(params.allowed_token_ids).to(self.device)
+            self.allowed[slot] = send(self._ids(params.allowed_token_ids), self.device)
         if params.min_tokens > 0 and new.stop_token_ids:
-            self.stops[slot] = self._ids(new.stop_token_ids).to(self.device)
+            self.stops[slot] = send(self._ids(new.stop_token_ids), self.device)
         if params.logit_bias:
             ids = self._ids(tuple(params.logit_bias))
-            values = torch.tensor([params.logit_bias[token] for token in ids.tolist()], dtype=torch.float32)
-            self.bias[slot] = (ids.to(self.device), values.to(self.device))
+            values = np.array([params.logit_bias[token] for token in ids.tolist()], np.float32)
+            self.bias[slot] = (send(ids, self.device), send(values, self.device))
         words = [w for w in new.bad_words_token_ids if w and all(0 <= token < self.vocab_size for token in w)]
         if words:
             self.bad_words[slot] = self._words(words)
@@ -162,10 +174,9 @@ class SamplingState:
         """[R]: the row has not yet put out its min_tokens."""
         return rows.num_output < self._min_tokens[rows.slots]
 
-    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        """On the host, ascending. Duplicates go, so that a later scatter writes every place once."""
-        unique = sorted({token for token in tokens if 0 <= token < self.vocab_size})
-        return torch.tensor(unique, dtype=torch.int64)
+    def _ids(self, tokens: Sequence[int]) -> Ints:
+        """Ascending. Duplicates go, so that a later scatter writes every place once."""
+        return np.array(sorted({token for token in tokens if 0 <= token < self.vocab_size}), np.int64)
 
     def _words(self, words: Sequence[tuple[int, ...]]) -> BadWords:
         width = max(len(word) for word in words) - 1
@@ -176,31 +187,38 @@ class SamplingState:
             back[i, : len(prefix)] = np.arange(len(prefix), 0, -1)
             want[i, : len(prefix)] = prefix
         return BadWords(
-            last=torch.tensor([word[-1] for word in words], dtype=torch.int64).to(self.device),
-            back=torch.from_numpy(back).to(self.device),
-            want=torch.from_numpy(want).to(self.device),
+            last=send(np.array([word[-1] for word in words], np.int64), self.device),
+            back=send(back, self.device),
+            want=send(want, self.device),
             lengths=np.array([len(word) - 1 for word in words], np.int64),
         )
 
 
+class PenaltyOps(Protocol):
+    """The ops that `Penalties` calls: octavo.kernels.ops.Ops has them."""
+
+    @property
+    def apply_penalties(self) -> ApplyPenalties: ...
+    @property
+    def count_tokens(self) -> CountTokens: ...
+
+
 class Penalties:
-    """Counts of the slots that use penalties. Storage grows with the number of such slots.
+    """Tallies of the slots that use penalties, each at a place of its own. Storage grows with the number of such
+    slots, and with the longest list."""
 
-    counts: [P, V] int32, how often each token was put out. known: [P, V] bool, the tokens a penalty can touch: those
-    put out, and with a repetition penalty those of the prompt. seen: [P, W] int64, the known ones as a list, each
-    once, so that a penalty reads the few tokens it changes and not the vocabulary. Entries past a list's end are any
-    token ids: what a token suffers is read from the tables, so naming one more is harmless.
-    """
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, ops: PenaltyOps = ref) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._ops = ops
         self._place: dict[int, int] = {}  # slot → p
         self._free: list[int] = []
-        self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
-        self._known = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self._seen = torch.zeros((0, 256), dtype=torch.int64, device=device)
-        self._num_seen = torch.zeros(0, dtype=torch.int64, device=device)
+        self._tallies = Tallies(
+            counts=torch.zeros((0, vocab_size), dtype=torch.int32, device=device),
+            known=torch.zeros((0, vocab_size), dtype=torch.bool, device=device),
+            seen=torch.zeros((0, 256), dtype=torch.int64, device=device),
+            num_seen=torch.zeros(0, dtype=torch.int64, device=device),
+        )
         # What the host knows without asking the device: a bound on each list's length, and the parameters.
         self._bound = np.zeros(0, np.int64)
         self._factors = np.ones((0, 3), np.float32)  # repetition, frequency, presence
@@ -222,14 +240,15 @@ class Penalties:
         self._place[slot] = place
         self._bound[place] = len(listed)
         self._factors[place] = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        ids, times = (torch.from_numpy(x).to(self._device) for x in np.unique(counted, return_counts=True))
-        self._counts[place] = 0
-        self._counts[place, ids] = times.to(torch.int32)
-        ids = torch.from_numpy(listed).to(self._device)
-        self._known[place] = False
-        self._known[place, ids] = True
-        self._seen[place, : len(listed)] = ids
-        self._num_seen[place] = len(listed)
+        ids, times = (send(x, self._device) for x in np.unique(counted, return_counts=True))
+        tallies = self._tallies
+        tallies.counts[place] = 0
+        tallies.counts[place, ids] = times.to(torch.int32)
+        ids = send(listed, self._device)
+        tallies.known[place] = False
+        tallies.known[place, ids] = True
+        tallies.seen[place, : len(listed)] = ids
+        tallies.num_seen[place] = len(listed)
 
     def leave(self, slot: int) -> None:
         place = self._place.pop(slot, None)
@@ -237,25 +256,12 @@ class Penalties:
             self._free.append(place)
 
     def apply(self, logits: torch.Tensor, rows: Ints, slots: Ints) -> None:
-        """Penalise logits [R, V] float32 in place at `rows` [N], whose `slots` [N] all are in here.
-
-        As in vLLM: repetition first (positive logits divided, others multiplied), then frequency, then presence.
-        """
+        """Penalise logits [R, V] float32 in place at `rows` [N], whose `slots` [N] all are in here."""
         places = self._places(slots)
-        width = int(self._bound[places].max(initial=0))
-        if width == 0:
-            return
-        at = torch.from_numpy(places).to(self._device)[:, None]
-        row = torch.from_numpy(rows).to(self._device)[:, None]
-        repetition, frequency, presence = torch.from_numpy(self._factors[places]).to(self._device).T[:, :, None]
-        ids = self._seen[at[:, 0], :width]
-        counts = self._counts[at, ids]
-        repetition = torch.where(self._known[at, ids], repetition, 1.0)
-        values = logits[row, ids]
-        values = torch.where(values > 0, values / repetition, values * repetition)
-        values -= frequency * counts
-        values -= presence * (counts > 0)
-        logits[row, ids] = values  # an id named twice is written twice with one value
+        repetition, frequency, presence = np.ascontiguousarray(self._factors[places].T)
+        longest = int(self._bound[places].max(initial=0))
+        penalised = Penalised(rows, places, repetition, frequency, presence, longest)
+        self._ops.apply_penalties(logits, self._tallies, penalised)
 
     def count(self, slots: Ints, rows: Ints, token_ids: torch.Tensor) -> None:
         """Count the drawn tokens token_ids[rows] for `slots` [N], which all are in here. On the device, without a
@@ -264,13 +270,7 @@ class Penalties:
         places = self._places(slots)
         self._widen(int(self._bound[places].max(initial=0)) + 1)
         self._bound[places] = np.minimum(self._bound[places] + 1, self._vocab_size)
-        at = torch.from_numpy(places).to(self._device)
-        drawn = token_ids[torch.from_numpy(rows).to(self._device)]
-        end = self._num_seen[at]
-        self._seen[at, end] = drawn  # past the end if known already: the next new one overwrites it
-        self._num_seen[at] = end + ~self._known[at, drawn]
-        self._known[at, drawn] = True
-        self._counts[at, drawn] += 1
+        self._ops.count_tokens(self._tallies, places, rows, token_ids)
 
     def _places(self, slots: Ints) -> Ints:
         return np.array([self._place[slot] for slot in slots.tolist()], np.int64)
@@ -280,21 +280,22 @@ class Penalties:
         return ids[(ids >= 0) & (ids < self._vocab_size)]
 
     def _add_places(self) -> None:
-        old = len(self._counts)
+        old = len(self._tallies.num_seen)
         more = max(4, old)
-        self._counts = _longer(self._counts, 0, more)
-        self._known = _longer(self._known, 0, more)
-        self._seen = _longer(self._seen, 0, more)
-        self._num_seen = _longer(self._num_seen, 0, more)
+        names = ("counts", "known", "seen", "num_seen")
+        longer = {name: _longer(getattr(self._tallies, name), 0, more) for name in names}
+        self._tallies = Tallies(**longer)
         self._bound = np.concatenate([self._bound, np.zeros(more, np.int64)])
         self._factors = np.concatenate([self._factors, np.ones((more, 3), np.float32)])
         self._free.extend(range(old + more - 1, old - 1, -1))
 
     def _widen(self, width: int) -> None:
         """Make room for lists of `width`; doubles, but no list is longer than the vocabulary and one."""
-        have = self._seen.shape[1]
+        seen = self._tallies.seen
+        have = seen.shape[1]
         if width > have:
-            self._seen = _longer(self._seen, 1, max(width, min(2 * have, self._vocab_size + 1)) - have)
+            more = max(width, min(2 * have, self._vocab_size + 1)) - have
+            self._tallies = replace(self._tallies, seen=_longer(seen, 1, more))
 
 
 def _longer(x: torch.Tensor, dim: int, more: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from octavo.kernels.cpu.pack import PackedLinear, pack
 from octavo.kernels.cpu.row_attention import row_attention
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.ref import penalties
 from octavo.kernels.rounded import Rounding
 from octavo.kernels.sampling import BLOCK, Draws, Logprobs, Masks, Peaks
 
@@ -333,6 +334,10 @@ class Body:
             get_num_threads(),
         )
         return out
+
+    # Some hundred tokens of a few rows: torch is good enough.
+    apply_penalties = staticmethod(penalties.apply_penalties)
+    count_tokens = staticmethod(penalties.count_tokens)
 
     def mask_logits(self, logits: Tensor, masks: Masks) -> None:
         rows, words = masks.bits.shape

@@ -7,13 +7,16 @@ from octavo.kernels.ref.attention import paged_attention, row_attention
 from octavo.kernels.ref.cache import copy_blocks, write_kv
 from octavo.kernels.ref.linear import embedding, linear, pack_linear, rounding_of
 from octavo.kernels.ref.norm import add_rms_norm, rms_norm
+from octavo.kernels.ref.penalties import apply_penalties, count_tokens
 from octavo.kernels.ref.rotary import rotary
 from octavo.kernels.ref.sampling import draw, find_peaks, mask_logits, take_logprobs
 
 __all__ = [
     "add_rms_norm",
+    "apply_penalties",
     "available",
     "copy_blocks",
+    "count_tokens",
     "draw",
     "embedding",
     "find_peaks",

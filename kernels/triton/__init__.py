@@ -19,14 +19,17 @@ from octavo.kernels.triton.linear import embedding, linear, pack_linear, roundin
 from octavo.kernels.triton.mask_logits import mask_logits
 from octavo.kernels.triton.norm import add_rms_norm, rms_norm
 from octavo.kernels.triton.peaks import find_peaks
+from octavo.kernels.triton.penalties import apply_penalties, count_tokens
 from octavo.kernels.triton.rotary import rotary
 from octavo.kernels.triton.row_attention import row_attention
 from octavo.kernels.triton.take_logprobs import take_logprobs
 
 __all__ = [
     "add_rms_norm",
+    "apply_penalties",
     "available",
     "copy_blocks",
+    "count_tokens",
     "draw",
     "draw_rows",
     "embedding",

@@ -302,8 +302,8 @@ def test_a_token_drawn_again_and_again_is_listed_once():
     logits = torch.tensor([[1.0, 2.0, 50.0, 3.0, 0.0]])
     for n in range(700):
         assert sampler.sample(logits.clone(), [0], [3 + n], state, tokens).token_ids.item() == 2
-    assert state.penalties._num_seen[0] == 3
-    assert state.penalties._counts[0].tolist() == [0, 0, 700, 0, 0]
+    assert state.penalties._tallies.num_seen[0] == 3
+    assert state.penalties._tallies.counts[0].tolist() == [0, 0, 700, 0, 0]
     assert state.penalties._bound[0] <= 5
 
 
