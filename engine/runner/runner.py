@@ -95,9 +95,10 @@ class Runner:
         self.buffers = buffers
         self.sampling = sampling
         self.pooler = pooler
-        self.sampler, self.vocab = Sampler(ops), VocabGather(ops, model.tp, model.vocab_shares)
         self.device = device
         self._is_host = isinstance(buffers, Buffers)
+        self.sampler = Sampler(ops)
+        self.vocab = VocabGather(ops, model.tp, model.vocab_shares, may_wait=self._is_host)
         self.clock: Clock = HostClock() if self._is_host else make_clock(device)
 
     @torch.inference_mode()

@@ -48,11 +48,12 @@ class _Kinds:
 class VocabGather:
     """One per rank. All tp ranks of the last stage call `gather` with the same rows. Not for two threads.
 
-    shares: the token ids of every rank. bytes_received: from other ranks, since the start.
+    shares: the token ids of every rank. may_wait: for the device, to learn whether candidates tie; else rows with top_k
+    are sent whole. bytes_received: from other ranks, since the start.
     """
 
-    def __init__(self, ops: Ops, group: Group, shares: tuple[range, ...]) -> None:
-        self._ops, self._group, self._shares = ops, group, shares
+    def __init__(self, ops: Ops, group: Group, shares: tuple[range, ...], may_wait: bool = True) -> None:
+        self._ops, self._group, self._shares, self._may_wait = ops, group, shares, may_wait
         self._widest, self._narrowest = max(map(len, shares)), min(map(len, shares))
         self._starts = torch.tensor([share.start for share in shares])
         self._rows = torch.empty(0, shares[-1].stop)  # -inf but for what the last step has left in it
@@ -70,8 +71,6 @@ class VocabGather:
         """local: [R, V of this rank] float32 → [R, V] float32, on which the sampler draws what it would from all of the
         logits. slots, positions: as `Sampler.sample` has them. masked: rows that masks will be put on. The result is
         overwritten by the next call.
-
-        On CUDA, waits for the device if there are rows with top_k.
         """
         if self._group.size == 1:
             return local
@@ -90,7 +89,7 @@ class VocabGather:
 
     def _kinds(self, rows: Rows, state: SamplingState, masked: Ints) -> _Kinds:
         top_k = state.top_k(rows)
-        few = rows.greedy | (2 * (top_k + 1) < self._narrowest)
+        few = rows.greedy | (self._may_wait & (2 * (top_k + 1) < self._narrowest))
         narrow = few & ~state.edits(rows) & (rows.logprobs == NO_LOGPROBS)
         narrow[masked] = False
         candidates = np.flatnonzero(narrow & ~rows.greedy)

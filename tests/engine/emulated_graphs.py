@@ -5,14 +5,16 @@ Python would do now: a value that was a Python number while recording stays what
 was is not seen. What a capture forbids is an error here too: to read from the device, and to send it host numbers.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
+
+from octavo.engine.parallel.mesh import Group
 
 # They wait for the device, to know a value or the shape of a result.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal", "is_nonzero"}
@@ -50,9 +52,12 @@ class Recorder(NoWaits):
 def record(forward: Callable[[], torch.Tensor]) -> tuple["Graph", torch.Tensor]:
     """As octavo.kernels.ops.Record."""
     forward()
-    recorder = Recorder()
-    with _launches_go_to(recorder), recorder:
-        outputs = forward()
+    _here.recorder = recorder = Recorder()
+    try:
+        with recorder:
+            outputs = forward()
+    finally:
+        _here.recorder = None
     graph = Graph(recorder.calls, outputs)
     return graph, graph.replay()
 
@@ -69,29 +74,62 @@ class Graph:
         return self._outputs
 
 
-@contextmanager
-def _launches_go_to(recorder: Recorder) -> Iterator[None]:
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Let a recording see what its thread launches in Triton's interpreter, exchanges with other ranks, and sends."""
     launch = GridExecutor.__call__
+    numbers = {name: getattr(torch, name) for name in HOST_NUMBERS}
 
     def noted(self: GridExecutor, *args: Any, **kwargs: Any) -> Any:
         def again() -> Any:
-            with _disable_current_modes(), pytest.MonkeyPatch.context() as inner:
-                for name in HOST_NUMBERS:
-                    inner.setattr(torch, name, originals[name])  # the interpreter's own affair
-                return launch(self, *args, **kwargs)
+            recorder, _here.recorder = recorder_of(), None  # what the interpreter does is its own affair
+            try:
+                with _disable_current_modes():
+                    return launch(self, *args, **kwargs)
+            finally:
+                _here.recorder = recorder
 
-        recorder.calls.append(again)
+        if recorder_of() is not None:
+            recorder_of().calls.append(again)
         return again()
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise Waits("a recorded step is sent numbers of the host")
+    def refusing(name: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if recorder_of() is not None:
+                raise Waits("a recorded step is sent numbers of the host")
+            return numbers[name](*args, **kwargs)
 
-    originals = {name: getattr(torch, name) for name in HOST_NUMBERS}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GridExecutor, "__call__", noted)
-        for name in HOST_NUMBERS:
-            patch.setattr(torch, name, refuse)
-        yield
+        return refuse
+
+    def collective(name: str) -> Callable[..., Any]:
+        exchange = getattr(Group, name)
+
+        def exchanged(group: Group, x: torch.Tensor) -> torch.Tensor:
+            recorder = recorder_of()
+            if recorder is None or group.size == 1:
+                return exchange(group, x)
+            _here.recorder = None
+            try:
+                with _disable_current_modes():
+                    result = exchange(group, x.clone())
+            finally:
+                _here.recorder = recorder
+            recorder.calls.append(lambda: result.copy_(exchange(group, x.clone())))
+            return result
+
+        return exchanged
+
+    for name in ("all_reduce", "all_gather"):
+        patch.setattr(Group, name, collective(name))
+    patch.setattr(GridExecutor, "__call__", noted)
+    for name in HOST_NUMBERS:
+        patch.setattr(torch, name, refusing(name))
+
+
+_here = threading.local()
+
+
+def recorder_of() -> "Recorder | None":
+    return getattr(_here, "recorder", None)
 
 
 def name_of(func: Any) -> str:

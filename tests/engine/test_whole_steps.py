@@ -14,15 +14,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plain_ops
-from emulated_graphs import NoWaits, record
+from emulated_graphs import NoWaits, install, record
+from launchers import Threads
 
-from octavo.engine.build import build_engine
+from octavo.engine.build import Phases, assemble, build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.engine import EngineCore
 from octavo.engine.grammar.spec import StructuredOutputs
+from octavo.engine.parallel.layout import Layout
 from octavo.engine.params import SamplingParams
+from octavo.engine.process.ranks import Deadlines, Ranks
 from octavo.engine.runner import build
 from octavo.engine.runner.device_buffers import DeviceBuffers
+from octavo.engine.runner.in_flight import HostCopies
 from octavo.engine.runner.whole_steps import Kind, WholeSteps
 from octavo.engine.text.byte_tokenizer import ByteTokenizer
 from octavo.engine.types import Request
@@ -59,6 +63,11 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         attention = {"write_kv": plain_ops.write_kv, "paged_attention": plain_ops.paged_attention}
         return replace(ops, **attention, draw_rows=triton.draw_rows)
 
+    install(monkeypatch)
+    for module in ("runner", "sampler"):  # a copy from a device is of what was there then
+        monkeypatch.setattr(
+            f"octavo.engine.runner.{module}.HostCopies", lambda given: HostCopies(tuple(x.clone() for x in given))
+        )
     monkeypatch.setattr(build, "is_host", lambda device: False)
     monkeypatch.setattr(build.kernel_ops, "select", select)
 
@@ -68,10 +77,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make("llama", tmp_path_factory.mktemp("checkpoint"))
 
 
-def start(folder: Path, **options: object) -> EngineCore:
+def config_of(folder: Path, **options: object) -> EngineConfig:
     settings = {"dtype": "float32", "kernels": "ref", "block_size": 8, "max_model_len": 64, "max_num_seqs": 8}
     settings |= {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 40}
-    return build_engine(EngineConfig(model=str(folder), **settings | options)).core
+    return EngineConfig(model=str(folder), **settings | options)
+
+
+def start(folder: Path, **options: object) -> EngineCore:
+    return build_engine(config_of(folder, **options)).core
+
+
+def start_ranks(folder: Path, **options: object) -> EngineCore:
+    config = config_of(folder, **options)
+    layout = Layout(config.tensor_parallel_size, config.pipeline_parallel_size)
+    ranks = Ranks(config, layout, Threads(), Deadlines(hang_s=60), Phases(None))
+    return assemble(config, ranks.info, ranks).core
 
 
 def steps_of(core: EngineCore) -> WholeSteps:
@@ -151,6 +171,14 @@ def test_families(name: str, tmp_path: Path) -> None:
     core = start(made)
     assert answers(core, GREEDY, DRAWN, length=4) == answers(start(made, enforce_eager=True), GREEDY, DRAWN, length=4)
     assert recorded(core) >= {(Kind.DRAWN, True)}
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1), (2, 2)])
+def test_ranks(folder: Path, tp: int, pp: int) -> None:
+    """Stages hand on hidden states between graphs, the ranks of a stage add up within theirs."""
+    options = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    ways = (GREEDY, DRAWN, FILTERED, {**GREEDY, "logprobs": 1})
+    assert answers(start_ranks(folder, **options), *ways) == answers(start(folder, enforce_eager=True), *ways)
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8", "kv_cache_dtype": "int8"}], ids=["floats", "int8"])
