@@ -90,6 +90,11 @@ class EngineConfig:
     pooler_config: str | None = None
 
     @property
+    def sizes_kv_by_utilization(self) -> bool:
+        """On a GPU: from gpu_memory_utilization, and not from a size of its own."""
+        return self.kv_cache_memory_bytes is None and self.num_gpu_blocks_override is None
+
+    @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 

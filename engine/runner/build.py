@@ -16,7 +16,6 @@ import torch
 from octavo.engine import env
 from octavo.engine.build import Engine, Phases, assemble
 from octavo.engine.config import EngineConfig
-from octavo.engine.core.plan import Row
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.decoder import CausalLM
@@ -35,10 +34,11 @@ from octavo.engine.process.wire import Begin
 from octavo.engine.quant.gather import stored_matrices
 from octavo.engine.quant.methods import choose_methods
 from octavo.engine.quant.scheme import read_scheme
-from octavo.engine.runner.buffers import Buffers, RowArrays, StepInputs
+from octavo.engine.runner.buffers import Buffers, StepInputs
 from octavo.engine.runner.capability import Wanted, check_gpu, check_triton, gpu_of
 from octavo.engine.runner.device import is_host
 from octavo.engine.runner.device_buffers import DeviceBuffers
+from octavo.engine.runner.device_memory import memory_of
 from octavo.engine.runner.graph import StepGraphs
 from octavo.engine.runner.kv_pool import KVPool, plan_num_blocks
 from octavo.engine.runner.runner import Runner
@@ -138,6 +138,7 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
     ranks_on_node: of the replica, that share this machine's memory.
     """
     device = pick_device(config.device)
+    memory = memory_of(config, device, ranks_on_node)
     with phases.phase("find model"):
         source = resolve_model(config.model, revision=config.revision, download_dir=config.download_dir)
         checkpoint = open_checkpoint(source, trust_remote_code=config.trust_remote_code)
@@ -169,12 +170,16 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         )
         model = build_model(checkpoint.config, context, role)
         pooling = pooling_info(config, role, checkpoint.config, model.feature_size, folder)
-    with phases.phase("load weights"), _one_thread():
+        memory.check_weights(model, context, methods.name)
+    with phases.phase("load weights"), _one_thread(), memory.loading():
         if config.load_format == "dummy":
             init_dummy(model, config.seed)
         else:
             weights = checkpoint.weights()
             load_weights(model, weights if scheme is None else stored_matrices(weights, scheme), device=device)
+    with phases.phase("measure memory"):
+        specs, positions = model.kv_specs(), context.num_positions
+        num_blocks = plan_num_blocks(config, specs, positions, lambda: memory.for_kv(model, context))
     info = EngineInfo(
         model=source.name,
         max_model_len=length,
@@ -183,20 +188,13 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         block_size=config.block_size,
-        num_blocks=_num_blocks(config, model, context, ranks_on_node),
+        num_blocks=num_blocks,
         generation_defaults=checkpoint.generation_defaults or GenerationDefaults(),
         quantization=methods.name,
         batch_invariant=ops.batch_invariant,
         pooling=pooling,
     )
     return Part(info, config, model, context, activation_of(checkpoint.config))
-
-
-def _num_blocks(config: EngineConfig, model: CausalLM, context: BuildContext, ranks_on_node: int) -> int:
-    """KV blocks that fit on this rank."""
-    reserved = _step_bytes(config, model, context)
-    length = context.num_positions
-    return plan_num_blocks(config, model.kv_specs(), length, context.device, reserved, ranks_on_node)
 
 
 def pick_device(name: str) -> torch.device:
@@ -275,26 +273,3 @@ def _context_length(config: EngineConfig, of_model: int, trained: int | None) ->
             f"max_model_len ({config.max_model_len}) is longer than the {of_model} tokens this model was made for."
         )
     return config.max_model_len
-
-
-def _step_bytes(config: EngineConfig, model: CausalLM, context: BuildContext) -> int:
-    """Device memory a step of the full token budget needs for activations, by running one. 0 on CPU."""
-    device, length = context.device, context.num_positions
-    if device.type != "cuda":
-        return 0
-    tokens, pp = config.max_num_batched_tokens, context.mesh.pp
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    specs = model.kv_specs()
-    pool = KVPool.allocate(specs, -(-tokens // config.block_size), config.block_size, device)
-    widths = [min(length, tokens - start) for start in range(0, tokens, length)]
-    buffers = DeviceBuffers(len(widths), length, config.block_size, device)
-    rows = tuple(Row(slot, 0, width, write_from=width, samples=True) for slot, width in enumerate(widths))
-    inputs = buffers.inputs(RowArrays.of(rows))
-    x = inputs.x if pp.is_first else torch.zeros(tokens, model.width, dtype=context.dtype, device=device)
-    with torch.inference_mode():
-        hidden = model(x, inputs.positions, pool.caches, inputs.attention)
-        if pp.is_last and model.lm_head is not None:
-            model.logits(hidden[: config.max_num_seqs])
-    kv_bytes = tokens * sum(spec.bytes_per_token for spec in specs)
-    return max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,6 @@ import torch
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.kv import KVSpec
-
-CPU_DEFAULT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +27,30 @@ class KVPool:
 
     @classmethod
     def allocate(cls, specs: Sequence[KVSpec], num_blocks: int, block_size: int, device: torch.device) -> KVPool:
+        """Raises ConfigError if a GPU has not as much left."""
+
         def cache(spec: KVSpec) -> torch.Tensor:
             # Zeros, not empty: masked positions are multiplied by 0, and 0 * NaN would be NaN.
             shape = (num_blocks, spec.num_kv_heads, block_size, spec.row_size)
             dtype = getattr(torch, spec.dtype)
             return _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
-        return cls(tuple((cache(spec), cache(spec)) for spec in specs), block_size)
+        try:
+            return cls(tuple((cache(spec), cache(spec)) for spec in specs), block_size)
+        except torch.OutOfMemoryError:
+            wanted = num_blocks * block_size * sum(spec.bytes_per_token for spec in specs)
+            raise ConfigError(
+                f"{num_blocks} KV blocks are {wanted / 2**30:.1f} GiB, and the GPU has not as much left: lower "
+                f"gpu_memory_utilization, or whichever of kv_cache_memory_bytes and num_gpu_blocks_override is set."
+            ) from None
 
 
 def plan_num_blocks(
-    config: EngineConfig,
-    specs: Sequence[KVSpec],
-    max_model_len: int,
-    device: torch.device,
-    reserved_bytes: int = 0,
-    sharers: int = 1,
+    config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int, memory: Callable[[], int]
 ) -> int:
-    """How many blocks the pool gets. `reserved_bytes`: device memory that a step needs besides weights and KV.
-    `sharers`: ranks of the replica that share the memory of this machine, where KV lies on the CPU.
+    """How many blocks the pool gets. memory: the bytes to be had, asked for where the config does not say.
 
-    Never more than all sequences at full length could use. Raises ConfigError if not even one block fits.
+    Never more than all sequences at full length could use. Raises ConfigError if not even two blocks fit.
     """
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
@@ -58,13 +58,11 @@ def plan_num_blocks(
     block_bytes = config.block_size * sum(spec.bytes_per_token for spec in specs)
     if block_bytes == 0:  # an encoder's, which keeps nothing
         return max(2, most)
-    memory = config.kv_cache_memory_bytes
-    if memory is None:
-        memory = _gpu_bytes(config, device, reserved_bytes) if device.type == "cuda" else _cpu_bytes() // sharers
-    blocks = min(memory // block_bytes, most)
+    room = memory() if config.kv_cache_memory_bytes is None else config.kv_cache_memory_bytes
+    blocks = min(room // block_bytes, most)
     if blocks < 2:
         raise ConfigError(
-            f"The KV cache gets {max(memory, 0) / 2**20:.0f} MiB, but two blocks of {config.block_size} tokens need "
+            f"The KV cache gets {max(room, 0) / 2**20:.0f} MiB, but two blocks of {config.block_size} tokens need "
             f"{2 * block_bytes / 2**20:.1f} MiB: set kv_cache_memory_bytes higher."
         )
     return blocks
@@ -80,13 +78,3 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _cpu_bytes() -> int:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(CPU_DEFAULT_BYTES, free // 4)
-
-
-def _gpu_bytes(config: EngineConfig, device: torch.device, reserved_bytes: int) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return int(free - total * (1 - config.gpu_memory_utilization)) - reserved_bytes
