@@ -1,4 +1,5 @@
-"""Compiles the Triton bodies for an H100, on a machine without one: a line per kernel, and what the compiler says.
+"""Compiles the Triton bodies for an H100, on a machine without one: a line per kernel, and what the compiler says. What
+multiplies or rounds to 8 bits also for the first GPUs that have float8 (capability 8.9).
 
 Launches become compilations for a device that is not there. What the interpreter lets pass and a compiler does not, of
 which there is much (variables that change their type in a loop, shapes of a dot), is found so; what a kernel computes
@@ -20,18 +21,23 @@ from triton.runtime.jit import JITFunction
 from octavo.kernels import triton
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
-from octavo.kernels.sampling import Draws, Masks
+from octavo.kernels.rounded import Rounding
+from octavo.kernels.sampling import Draws, Masks, Penalised, Tallies
+from octavo.kernels.triton.allreduce import PROGRAMS, Peers, one_shot, sum_add_rms_norm, two_shot
 from octavo.kernels.triton.grouped_matmul import grouped_linear
 
 
-class H100:
-    """What triton asks of a driver before it launches."""
+class AbsentGPU:
+    """What triton asks of a driver before it launches. Every capability is a device: kernels are kept by device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -50,6 +56,10 @@ def sampling() -> None:
     triton.draw(logits, triton.find_peaks(logits), Draws(np.arange(2), ones, np.full(2, 50), ones * 0.9, ones, ones))
     triton.take_logprobs(logits, torch.zeros(2, dtype=torch.int64), 5)
     triton.mask_logits(logits, Masks(np.arange(2), torch.zeros(2, 32, dtype=torch.int32)))
+    counts, seen = torch.zeros(2, 1000, dtype=torch.int32), torch.zeros(2, 256, dtype=torch.int64)
+    tallies, factor = Tallies(counts, counts.bool(), seen, seen[:, 0]), np.ones(2, np.float32)
+    triton.apply_penalties(logits, tallies, Penalised(np.arange(2), np.arange(2), factor, factor, factor, 256))
+    triton.count_tokens(tallies, np.arange(2), np.arange(2), seen[:, 0])
 
 
 def matmuls() -> None:
@@ -70,9 +80,10 @@ def matmuls() -> None:
 
 def layers() -> None:
     x, weight = torch.zeros(8, 512, dtype=torch.bfloat16), torch.ones(512)
-    triton.rms_norm(x, weight, 1e-6)
-    triton.add_rms_norm(x, x.clone(), weight, 1e-6)
-    triton.silu_and_mul(x)
+    for rounding in (None, Rounding(torch.float8_e4m3fn, 128), Rounding(torch.int8, 512)):
+        triton.rms_norm(x, weight, 1e-6, rounding)
+        triton.add_rms_norm(x, x.clone(), weight, 1e-6, rounding)
+        triton.silu_and_mul(torch.cat((x, x), dim=1), rounding)
     triton.rotary(
         x.view(8, 4, 128), x[:, :256].view(8, 2, 128), torch.zeros(8, dtype=torch.int64), torch.zeros(64, 128)
     )
@@ -96,10 +107,25 @@ def attention() -> None:
     triton.row_attention(query, key, key, batch, 0.1)
 
 
+def sums_over_ranks() -> None:
+    peers = Peers(1, 8, torch.zeros(8, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int32), 128 << 10)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(8, 4096, dtype=dtype)
+        one_shot(x, peers)
+        two_shot(x, peers)
+        sum_add_rms_norm(x, x.clone(), torch.ones(4096), 1e-6, peers)
+
+
 if __name__ == "__main__":
-    driver.set_active(H100())
     JITFunction.run = compile_only
+    driver.set_active(AbsentGPU(90))
     sampling()
     matmuls()
     layers()
     attention()
+    sums_over_ranks()
+    driver.set_active(AbsentGPU(80))
+    sums_over_ranks()
+    driver.set_active(AbsentGPU(89))
+    matmuls()
+    layers()
