@@ -89,7 +89,8 @@ class DeviceBuffers:
     def slot_mapping(self, table_at: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """[T] int64 of places in the flat tables and offsets in their blocks [T]; offset -1: not written."""
         blocks = self.tables.view(-1).index_select(0, table_at)
-        return torch.where(offsets < 0, -1, blocks * self.block_size + offsets)
+        # Not torch.where, which would send the -1 to the device as a tensor: a graph cannot.
+        return (blocks * self.block_size + offsets).masked_fill_(offsets < 0, -1)
 
     def token_at(self, slots: Ints, positions: Ints) -> Ints:
         """Places in the flat tokens."""

@@ -137,7 +137,7 @@ class WholeSteps:
         try:
             graph, result = self._ops.record(lambda: self._step(shape))
         except NotRecordable as error:
-            log.info("Steps run without graphs: %s.", error)
+            log.warning("Steps run without graphs: %s.", error)
             self._is_off = True
             return None
         log.debug("recorded a step of %s", shape)

@@ -44,9 +44,12 @@ def record(forward: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         # Other threads of this process go on using CUDA meanwhile: they wait for events, and pin memory.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            outputs = forward()
-        finally:
-            graph.capture_end()  # after an error it raises too, what the error was
+            try:
+                outputs = forward()
+            finally:
+                graph.capture_end()
+        except RuntimeError as error:  # an operation that cannot be captured, or no memory for it
+            raise NotRecordable(str(error)) from error
     current.wait_stream(stream)
     captured = Graph(graph, outputs)
     return captured, captured.replay()

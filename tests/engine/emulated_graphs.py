@@ -18,6 +18,8 @@ from octavo.engine.parallel.mesh import Group
 
 # They wait for the device, to know a value or the shape of a result.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal", "is_nonzero"}
+# They make a tensor of a number on the host, which whatever takes it then sends to the device.
+FROM_NUMBERS = {"scalar_tensor", "lift_fresh"}
 HOST_NUMBERS = ("from_numpy", "tensor", "as_tensor")
 
 
@@ -40,6 +42,8 @@ class Recorder(NoWaits):
         self.calls: list[Callable[[], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if name_of(func) in FROM_NUMBERS:
+            raise Waits(f"a recorded step sends a number to the device: {name_of(func)}")
         result = super().__torch_dispatch__(func, types, args, kwargs)
         outputs = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
         inputs = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _held(x)}
