@@ -186,13 +186,19 @@ def prepare(config: DeploymentConfig) -> DeploymentConfig:
 
 
 def _prepare_model(config: ModelConfig) -> ModelConfig:
+    from octavo.engine.assets import has_tokenizer
     from octavo.engine.loader.progress import Terminal
     from octavo.engine.loader.source import resolve_model
 
     engine = config.engine
     if engine.is_fake:
         return config
-    model = resolve_model(engine.model, revision=engine.revision, download_dir=engine.download_dir, progress=Terminal())
+    dummy, place = engine.load_format == "dummy", engine.download_dir
+    model = resolve_model(engine.model, revision=engine.revision, download_dir=place, progress=Terminal(), shapes=dummy)
+    if dummy and engine.tokenizer is None and model.kind == "folder" and not has_tokenizer(model.path):
+        raise ConfigError(
+            f"{model.name} has no tokenizer, and clients send text: name a model that has with --tokenizer."
+        )
     names = config.served_model_name or (model.served_model_name,)
     tokenizer = None
     if engine.tokenizer is not None:

@@ -5,7 +5,6 @@ Knows names and shapes. What a rank keeps of a tensor is the layer's business; w
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 
@@ -13,8 +12,7 @@ import torch
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
-from octavo.engine.layers.norm import LayerNorm, RMSNorm
-from octavo.engine.layers.weight import Layer, Source, Weight
+from octavo.engine.layers.weight import Layer, Source
 from octavo.engine.loader.file_tensor import Expected, FileTensor
 from octavo.engine.loader.memory import give_back, give_back_device
 from octavo.engine.loader.read_ahead import read_ahead
@@ -104,33 +102,6 @@ def _take(
     if not lacks:
         layer.finish()
         give_back()
-
-
-def init_dummy(model: CausalLM, seed: int) -> None:
-    """Random weights for measuring without a checkpoint: the same model whatever the mesh, for one seed and device.
-
-    Whole tensors are drawn and cut as a checkpoint's are. Norms become the identity, biases zero.
-    """
-    for path, layer in _layers(model).items():
-        expected = layer.expects()
-        for name, weight in expected.items():
-            if name == "bias":
-                continue
-            if isinstance(layer, (RMSNorm, LayerNorm)):
-                weight.data.fill_(1)
-                continue
-            for part in weight.rule.parts:
-                layer.load(name, part.name, _random(weight, part.name, f"{seed} {path} {name} {part.name}"))
-        if expected:
-            layer.finish()
-
-
-def _random(weight: Weight, part: str, key: str) -> torch.Tensor:
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    generator = torch.Generator(device)
-    generator.manual_seed(zlib.crc32(key.encode()))
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    return torch.empty(weight.source_shape(part), dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
 
 
 def _layers(model: CausalLM) -> dict[str, Layer]:

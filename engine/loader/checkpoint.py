@@ -51,10 +51,11 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(source: ModelSource, *, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(source: ModelSource, *, trust_remote_code: bool = False, weights: bool = True) -> Checkpoint:
     """Open what `resolve_model` found. Raises ConfigError naming the file that is missing or damaged.
 
-    trust_remote_code: let a config.json name Python code in the same folder that builds the config.
+    trust_remote_code: let a config.json name Python code in the same folder that builds the config. weights false: a
+    folder need hold none, and the checkpoint has none.
     """
     if source.kind == "gguf":
         from octavo.engine.loader.gguf import GGUFCheckpoint
@@ -62,4 +63,4 @@ def open_checkpoint(source: ModelSource, *, trust_remote_code: bool = False) -> 
         return GGUFCheckpoint(source.path)
     from octavo.engine.loader.folder import open_folder
 
-    return open_folder(source.path, trust_remote_code)
+    return open_folder(source.path, trust_remote_code, weights)

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def open_folder(folder: Path, trust_remote_code: bool) -> Checkpoint:
-    """Raises ConfigError naming the file that is missing or damaged."""
-    weights = find_weights(folder)
+def open_folder(folder: Path, trust_remote_code: bool, weights: bool = True) -> Checkpoint:
+    """weights false: look for none. Raises ConfigError naming the file that is missing or damaged."""
+    if not weights:
+        return SafetensorsCheckpoint(FolderSettings(folder, trust_remote_code), ())
+    found = find_weights(folder)
     settings = FolderSettings(folder, trust_remote_code)
-    if weights.format == "safetensors":
-        return SafetensorsCheckpoint(settings, weights.files)
-    return TorchCheckpoint(settings, weights.files)
+    if found.format == "safetensors":
+        return SafetensorsCheckpoint(settings, found.files)
+    return TorchCheckpoint(settings, found.files)
 
 
 class FolderSettings:

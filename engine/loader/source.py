@@ -15,6 +15,7 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.loader import hub, package
 from octavo.engine.loader.presets import HubRepo, PackageMember, Preset, Source, load_presets
 from octavo.engine.loader.progress import Progress, Silent
+from octavo.engine.loader.shapes import shape_folders
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/(.+\.gguf)")
@@ -32,14 +33,20 @@ class ModelSource:
 
 
 def resolve_model(
-    name: str, *, revision: str | None = None, download_dir: str | None = None, progress: Progress | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    progress: Progress | None = None,
+    shapes: bool = False,
 ) -> ModelSource:
     """Find the model, downloading it if it is not here yet.
 
     name: an existing folder or `.gguf` file, else a preset, else `org/name` on the Hugging Face hub, or
     `org/name/file.gguf` there. A preset that is here already is taken without asking any network; a hub id is looked
     up, and taken from the cache if the hub does not answer within two seconds.
-    revision: branch, tag or commit on the hub. download_dir: instead of the hub's cache and octavo's own.
+    revision: branch, tag or commit on the hub. download_dir: instead of the hub's cache and octavo's own. shapes: a
+    name of configs/shapes/ comes before a preset: a model's config without its weights, all that dummy weights need.
 
     Raises ConfigError: no such name, or the model cannot be had.
     """
@@ -47,6 +54,8 @@ def resolve_model(
     path = Path(name).expanduser()
     if path.exists():
         return _local(path)
+    if shapes and name in shape_folders():
+        return ModelSource("folder", shape_folders()[name], name, name)
     presets = load_presets()
     if name in presets:
         return _preset(presets[name], revision, download_dir, progress)
@@ -56,6 +65,8 @@ def resolve_model(
         return _hub(HubRepo(match[1], revision, match[2]), download_dir, progress)
     if _HUB_ID.fullmatch(name):
         return _hub(HubRepo(name, revision), download_dir, progress)
+    if name in shape_folders():
+        raise ConfigError(f"{name} is the shape of a model, without weights: it needs load_format dummy.")
     raise ConfigError(
         f"Unknown model {name!r}: give a folder or .gguf file, a Hugging Face id (organisation/name), or one of the "
         f"presets {', '.join(presets)}."

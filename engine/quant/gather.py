@@ -14,7 +14,7 @@ import torch
 from octavo.engine.errors import ConfigError
 from octavo.engine.quant import awq, compressed_tensors, fp8, gptq
 from octavo.engine.quant.scheme import AWQ, GPTQ, Floats, Ints, Packed, Scheme, WeightFormat
-from octavo.engine.quant.stored import StoredModule
+from octavo.engine.quant.stored import Piece, Pieces, StoredModule
 from octavo.kernels.matrix import Matrix
 
 log = logging.getLogger(__name__)
@@ -44,15 +44,13 @@ def matrices(
             raise ConfigError(f"The checkpoint's quantized {name.removesuffix('.weight')} {error}.") from None
 
 
-def stored_matrices(
-    tensors: Iterable[tuple[str, torch.Tensor]], scheme: Scheme
-) -> Iterator[tuple[str, torch.Tensor | StoredModule]]:
+def stored_matrices(tensors: Iterable[tuple[str, Piece]], scheme: Scheme) -> Iterator[tuple[str, Piece | StoredModule]]:
     """Each quantized module's `<module>.weight` as soon as all its pieces have come, in any order; others unchanged.
 
     Nothing of a module is read but its shape, so pieces that are views of files cost nothing until they are.
     Raises ConfigError naming a module whose pieces do not fit together, are incomplete, or that should not have any.
     """
-    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    waiting: dict[str, dict[str, Piece]] = {}
     told = False
     for name, tensor in tensors:
         module, _, last = name.rpartition(".")
@@ -69,7 +67,7 @@ def stored_matrices(
                 pieces = waiting.setdefault(module, {})
                 pieces[piece] = tensor
                 if len(pieces) == len(_needed(form)):
-                    yield f"{module}.weight", _stored(form, module, waiting.pop(module))
+                    yield f"{module}.weight", stored_module(form, module, waiting.pop(module))
             elif not _says_nothing(form, piece, tensor):
                 raise ConfigError(
                     f"The checkpoint holds {name!r} ({str(tensor.dtype).removeprefix('torch.')}), which does not go "
@@ -119,7 +117,8 @@ def _says_nothing(form: WeightFormat, piece: str, tensor: torch.Tensor) -> bool:
             return False
 
 
-def _stored(form: WeightFormat, module: str, pieces: Mapping[str, torch.Tensor]) -> StoredModule:
+def stored_module(form: WeightFormat, module: str, pieces: Pieces) -> StoredModule:
+    """Of all the tensors that make up a module in that format. Raises ConfigError naming it if they do not."""
     try:
         return StoredModule.of(form, pieces, lambda cut: _matrix(form, cut))
     except ValueError as error:

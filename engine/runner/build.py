@@ -19,8 +19,9 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.decoder import CausalLM
-from octavo.engine.loader.assign import init_dummy, load_weights
+from octavo.engine.loader.assign import load_weights
 from octavo.engine.loader.checkpoint import open_checkpoint
+from octavo.engine.loader.dummy import init_dummy
 from octavo.engine.loader.source import resolve_model
 from octavo.engine.models.registry import build_model, max_model_len, role_of
 from octavo.engine.parallel.connect import HostedRendezvous, Rendezvous, connect
@@ -140,8 +141,10 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
     device = pick_device(config.device)
     memory = memory_of(config, device, ranks_on_node)
     with phases.phase("find model"):
-        source = resolve_model(config.model, revision=config.revision, download_dir=config.download_dir)
-        checkpoint = open_checkpoint(source, trust_remote_code=config.trust_remote_code)
+        dummy = config.load_format == "dummy"
+        place = config.download_dir
+        source = resolve_model(config.model, revision=config.revision, download_dir=place, shapes=dummy)
+        checkpoint = open_checkpoint(source, trust_remote_code=config.trust_remote_code, weights=not dummy)
         folder = sentence_folder(source.path)
         runner = "pooling" if folder is not None and config.runner == "auto" else config.runner
         role = role_of(checkpoint.config, runner, config.convert)
@@ -172,8 +175,8 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         pooling = pooling_info(config, role, checkpoint.config, model.feature_size, folder)
         memory.check_weights(model, context, methods.name)
     with phases.phase("load weights"), _one_thread(), memory.loading():
-        if config.load_format == "dummy":
-            init_dummy(model, config.seed)
+        if dummy:
+            init_dummy(model, config.seed, device, scheme)
         else:
             weights = checkpoint.weights()
             load_weights(model, weights if scheme is None else stored_matrices(weights, scheme), device=device)

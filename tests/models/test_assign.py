@@ -10,7 +10,8 @@ import torch
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.linear_method import Unquantized
 from octavo.engine.layers.weight import Weight
-from octavo.engine.loader.assign import init_dummy, load_weights
+from octavo.engine.loader.assign import load_weights
+from octavo.engine.loader.dummy import init_dummy
 from octavo.engine.models.registry import build_model
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,7 +14,8 @@ import torch
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.heads import share_heads
-from octavo.engine.loader.assign import init_dummy, load_weights
+from octavo.engine.loader.assign import load_weights
+from octavo.engine.loader.dummy import init_dummy
 from octavo.engine.models.fits import check_layout
 from octavo.engine.models.registry import build_model
 from octavo.engine.parallel.layout import Layout
