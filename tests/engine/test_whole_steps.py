@@ -103,7 +103,7 @@ def recorded(core: EngineCore) -> set[tuple[Kind, bool]]:
     return {(shape.kind, shape.decode) for shape in steps_of(core)._graphs}
 
 
-def answers(core: EngineCore, *ways: dict, length: int = 6, lengths: tuple[int, ...] = (5, 14, 3, 9, 1, 7, 4)) -> dict:
+def answers(core: EngineCore, *ways: dict, length: int = 6, lengths: tuple[int, ...] = (5, 14, 3, 9, 1, 7, 4, 6)) -> dict:
     found: dict[tuple[str, int], list[object]] = {}
     for i, (prompt, params) in enumerate(zip(tiny.prompts(lengths[: len(ways)]), ways, strict=True)):
         core.add(Request(str(i), tuple(prompt), SamplingParams(max_tokens=length, ignore_eos=True, **params)))
@@ -219,6 +219,21 @@ def test_a_decode_step_waits_for_nothing_and_sends_one_tensor(folder: Path, monk
             assert delta.error is None, delta.error
     assert len(sent) >= 8
     assert isinstance(runner.buffers, DeviceBuffers)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_no_step_waits_whatever_its_rows_ask_for(folder: Path, eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = start(folder, enforce_eager=eager)
+    runner = core.process._runner
+    execute = runner.execute
+
+    def watched(plan: object, masks: object) -> object:
+        with NoWaits():
+            return execute(plan, masks)
+
+    monkeypatch.setattr(runner, "execute", watched)
+    found = answers(core, *EVERY_WAY, {**GREEDY, "bad_words": (), "allowed_token_ids": (3, 4, 5)})
+    assert len(found) == len(EVERY_WAY) + 2
 
 
 def test_the_gap_between_steps_is_counted(folder: Path) -> None:
