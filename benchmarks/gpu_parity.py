@@ -50,7 +50,7 @@ def run(folder: Path, device: torch.device, prompts: Prompts, params: SamplingPa
         "model": str(folder),
         "device": device.type,
         "block_size": 16,
-        "max_model_len": 96,
+        "max_model_len": 64,
         "max_num_seqs": 8,
         "num_gpu_blocks_override": 200,
     }
