@@ -27,6 +27,13 @@ def cpu_isa() -> str | None:
     return value
 
 
+def allow_equal_gpu_numbers() -> None:
+    """Sets TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES, which torch reads when GPUs are to share memory: without it, torch
+    takes ranks that each see one GPU, number 0, for ranks on the same GPU. To be called where they are known not to be.
+    """
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+
+
 def prepare_local_cluster(threads: int, haproxy_ports: tuple[int, int] | None) -> None:
     """Settings that the processes of a Ray cluster inherit from who starts it, unless the user has set them.
 

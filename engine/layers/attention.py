@@ -15,6 +15,7 @@ from octavo.engine.layers.linear import QKVLinear, row_parallel
 from octavo.engine.layers.norm import RMSNorm
 from octavo.engine.layers.rotary import Rotary
 from octavo.engine.layers.weight import Cut
+from octavo.engine.parallel.mesh import Unsummed
 from octavo.kernels.ops import AttentionBatch
 
 __all__ = ["Attention", "AttentionSpec", "KVSpec", "SelfAttention"]
@@ -87,7 +88,9 @@ class SelfAttention(nn.Module):
         kv_spec = KVSpec(kv_heads, spec.head_size, kv_dtype, spec.window)
         self.attention = Attention(ctx, index, kv_spec, spec.scale, spec.soft_cap)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, kv: KVCaches, batch: AttentionBatch
+    ) -> torch.Tensor | Unsummed:
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_size)
         query, key, value = qkv.split(self.heads, dim=1)
         if self.q_norm is not None:

@@ -199,6 +199,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm, self.mlp = post_attention_layernorm, mlp
         self_attn.qkv_proj.fed_by(input_layernorm)
         mlp.fed_by(post_attention_layernorm)
+        self_attn.o_proj.leave_sum()
+        mlp.leave_sum()
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import torch
 
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.weight import Cut, Layer, Part, ShardRule, Source, Weight, whole_part
+from octavo.engine.parallel.mesh import Unsummed
 from octavo.kernels.rounded import Rounded, Rounding
 
 
@@ -94,11 +95,16 @@ class RowParallelLinear(Linear):
 
     def __init__(self, ctx: BuildContext, cut: Cut, outputs: int, bias: bool) -> None:
         super().__init__(ctx, (whole_part(outputs),), cut.part(), bias)
-        self.group = ctx.mesh.tp
+        self.group, self.leaves_sum = ctx.mesh.tp, False
 
-    def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor:
+    def leave_sum(self) -> None:
+        """All that comes from here goes to RMSNorm.add, which may add up in the same launch, where the group can."""
+        self.leaves_sum = self.group.fuses_norm
+
+    def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor | Unsummed:
         bias = self.bias if self.group.is_first else None  # the sum must contain it once
-        return self.group.all_reduce(self.method.apply(self, x, bias))
+        part = self.method.apply(self, x, bias)
+        return Unsummed(part, self.group) if self.leaves_sum else self.group.all_reduce(part)
 
 
 class GatheredLinear(Linear):
@@ -115,6 +121,9 @@ class GatheredLinear(Linear):
 
     def fed_by(self, producer: Producer) -> None:
         """Rows are gathered as they are: a scale is of all inputs of a group, also of those that other ranks have."""
+
+    def leave_sum(self) -> None:
+        """There is none."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole = self.group.gather_shares(x, self.shares)

@@ -44,6 +44,10 @@ class GatedMLP(nn.Module):
         """See Linear.fed_by."""
         self.gate_up_proj.fed_by(producer)
 
+    def leave_sum(self) -> None:
+        """See RowParallelLinear.leave_sum."""
+        self.down_proj.leave_sum()
+
     def forward(self, x: torch.Tensor | Rounded) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_up_proj(x), self.rounding))
 

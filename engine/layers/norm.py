@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from octavo.engine.layers.context import BuildContext
 from octavo.engine.layers.weight import Layer, ShardRule, Weight, whole_part
+from octavo.engine.parallel.mesh import Unsummed
 from octavo.kernels.rounded import Rounded, Rounding
 
 
@@ -31,8 +32,14 @@ class RMSNorm(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor | Rounded:
         return self.ops.rms_norm(x, self.weight, self.eps, self.rounding)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
+    def add(self, x: torch.Tensor | Unsummed, residual: torch.Tensor) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """(norm(x + residual), x + residual). Both inputs are given up."""
+        if isinstance(x, Unsummed):
+            if self.rounding is None:
+                both = x.group.sum_add_rms_norm(x.part, residual, self.weight, self.eps)
+                if both is not None:
+                    return both
+            x = x.add_up()
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps, self.rounding)
 
 

@@ -56,9 +56,16 @@ class HostedRendezvous:
         self._store = None
 
 
-def connect(layout: Layout, rank: int, rendezvous: Rendezvous | None, device: torch.device) -> Mesh:
+def connect(
+    layout: Layout,
+    rank: int,
+    rendezvous: Rendezvous | None,
+    device: torch.device,
+    custom_all_reduce: bool = True,
+) -> Mesh:
     """The mesh of `rank`, connected. All ranks of the layout must call this; returns when those it shares a group with
-    have. rendezvous None: a layout of one rank. Raises RankLost if a rank does not come in time."""
+    have. rendezvous None: a layout of one rank. custom_all_reduce: GPUs that can read one another's memory add up
+    small tensors so (see octavo.engine.parallel.symmetric). Raises RankLost if a rank does not come in time."""
     stage, tp_rank = layout.place(rank)
     if layout.size == 1:
         return Mesh()
@@ -82,7 +89,8 @@ def connect(layout: Layout, rank: int, rendezvous: Rendezvous | None, device: to
             return Group(name)
         label = f"{name} group of ranks {', '.join(map(str, ranks))}"
         prefix = dist.PrefixStore(f"octavo.{name}.{at}", store)
-        return Group(name, ranks.index(rank), len(ranks), _link(label, prefix, ranks, rank, rendezvous, device))
+        link = _link(name, label, prefix, ranks, rank, rendezvous, device, custom_all_reduce)
+        return Group(name, ranks.index(rank), len(ranks), link)
 
     tp = group("tp", stage, [layout.rank(stage, i) for i in range(layout.tp)])
     pp = group("pp", tp_rank, [layout.rank(i, tp_rank) for i in range(layout.pp)])
@@ -90,14 +98,27 @@ def connect(layout: Layout, rank: int, rendezvous: Rendezvous | None, device: to
 
 
 def _link(
-    label: str, store: dist.Store, ranks: list[int], rank: int, rendezvous: Rendezvous, device: torch.device
+    name: str,
+    label: str,
+    store: dist.Store,
+    ranks: list[int],
+    rank: int,
+    rendezvous: Rendezvous,
+    device: torch.device,
+    custom_all_reduce: bool,
 ) -> Link:
     place, size = ranks.index(rank), len(ranks)
-    step_timeout = timedelta(seconds=rendezvous.step_timeout_s)
+    timeouts = rendezvous.timeout_s, rendezvous.step_timeout_s
     try:
-        if device.type == "cuda":
-            return NCCLLink(label, store, place, size, step_timeout, device)
-        return GlooLink(label, store, place, size, step_timeout, rendezvous)
+        if device.type != "cuda":
+            return GlooLink(label, store, place, size, timedelta(seconds=rendezvous.step_timeout_s), rendezvous)
+        # Imported where there are GPUs: needs Triton.
+        from octavo.engine.parallel.nccl import connect_nccl
+        from octavo.engine.parallel.symmetric import share_memory
+
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        link = connect_nccl(label, store, place, size, timeouts, device, pipeline=name == "pp")
+        return share_memory(link, store, device) if name == "tp" and custom_all_reduce else link
     except RuntimeError as error:
         raise RankLost(
             f"The {label} was not complete within {rendezvous.timeout_s:g} s, seen from rank {rank}: "
@@ -105,8 +126,13 @@ def _link(
         ) from error
 
 
-class _ProcessGroupLink:
+class ProcessGroupLink:
     """What both kinds have in common: errors, point to point, closing."""
+
+    recordable = fuses_norm = False
+
+    def sum_add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        return None
 
     def __init__(self, label: str, rank: int, size: int, timeout: timedelta) -> None:
         self.label, self.rank, self.size, self.timeout = label, rank, size, timeout
@@ -146,7 +172,7 @@ class _ProcessGroupLink:
         return RankLost(f"The {self.label} broke while member {self.rank} was {doing}: {_first_line(error)}")
 
 
-class GlooLink(_ProcessGroupLink):
+class GlooLink(ProcessGroupLink):
     """TCP between processes or threads, tensors on the CPU.
 
     Collectives are made of point to point messages, all under way at once: for the few kilobytes of a decode step a
@@ -216,35 +242,6 @@ def _add_up(parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     for part in parts[2:]:
         out += part
     return out
-
-
-class NCCLLink(_ProcessGroupLink):
-    """NCCL on this rank's GPU. Calls are queued on the device and waited for there; a failure is noticed later."""
-
-    def __init__(
-        self, label: str, store: dist.Store, rank: int, size: int, step_timeout: timedelta, device: torch.device
-    ) -> None:
-        super().__init__(label, rank, size, step_timeout)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = step_timeout
-        self._backend = dist.ProcessGroupNCCL(store, rank, size, options)
-        self.all_reduce(torch.zeros(1, device=device))  # connects now, not in the first step
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        try:
-            self.backend.allreduce([x]).wait()
-        except RuntimeError as error:
-            raise self.lost("summing", error) from error
-        return x
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty((self.size, *x.shape))
-        try:
-            self.backend._allgather_base(out, x.contiguous()).wait()
-        except RuntimeError as error:
-            raise self.lost("gathering", error) from error
-        return out
 
 
 def _own_address(rendezvous: Rendezvous) -> str:

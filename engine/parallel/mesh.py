@@ -19,12 +19,20 @@ class Link(Protocol):
     """Moves tensors between the ranks of one group. All ranks of the group make the same calls in the same order.
 
     Every call raises RankLost, naming the group, if it fails or takes too long; the link is of no use then.
+
+    recordable: all_reduce and all_gather may be captured in a CUDA graph. fuses_norm: `sum_add_rms_norm` is of use.
     """
+
+    recordable: bool
+    fuses_norm: bool
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor: ...
     def all_gather(self, x: torch.Tensor) -> torch.Tensor: ...
     def send(self, x: torch.Tensor, to: int) -> None: ...
     def recv(self, out: torch.Tensor, source: int) -> None: ...
+    def sum_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None: ...
     def close(self) -> None: ...
 
 
@@ -52,6 +60,13 @@ class Group:
         """x: [...], of one shape and dtype on all ranks → [size, ...], in rank order. Size 1: a view of x."""
         return x.unsqueeze(0) if self.size == 1 else self._link.all_gather(x)
 
+    def sum_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """ops.add_rms_norm of all_reduce(x) in one launch, the same bits on all ranks; x, residual: [T, M], given up.
+        None: not to be had, for these sizes or at all, on any rank, and nothing was done."""
+        return self._link.sum_add_rms_norm(x, residual, weight, eps) if self.fuses_norm else None
+
     def gather_shares(self, x: torch.Tensor, shares: tuple[range, ...]) -> torch.Tensor:
         """x: [T, this rank's share] → [T, whole]: columns that lie dealt over the ranks, together again."""
         if self.size == 1:
@@ -75,6 +90,16 @@ class Group:
         return deal_evenly(total, self.size, unit)
 
     @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph may hold the group's all_reduce and all_gather."""
+        return self.size == 1 or self._link.recordable
+
+    @property
+    def fuses_norm(self) -> bool:
+        """Whether sums may well be left to the norm that comes next: see `Unsummed`."""
+        return self.link is not None and self.link.fuses_norm
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 
@@ -87,6 +112,18 @@ class Group:
         if self.link is None:
             raise ConfigError(f"Group {self.name} has size {self.size}, but no collective is connected to it.")
         return self.link
+
+
+@dataclass(frozen=True, slots=True)
+class Unsummed:
+    """A rank's part of a sum over its group, left to be added up by the norm that comes next."""
+
+    part: torch.Tensor
+    group: Group
+
+    def add_up(self) -> torch.Tensor:
+        """The sum. Once: the part is given up."""
+        return self.group.all_reduce(self.part)
 
 
 @dataclass(frozen=True, slots=True)

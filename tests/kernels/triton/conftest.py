@@ -74,11 +74,16 @@ def _like(shaped: tl.dtype, scalar: tl.dtype) -> tl.dtype:
     return tl.block_type(scalar, shaped.shape) if isinstance(shaped, tl.block_type) else scalar
 
 
-@pytest.fixture(autouse=True, scope="session")
-def exact() -> Iterator[None]:
+def mend() -> None:
+    """In this process."""
     interpreter._convert_float = convert
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
     InterpretedFunction.__call__, interpreter._get_np_dtype = call, numpy_type  # a third of the time
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exact() -> Iterator[None]:
+    mend()
     yield
     interpreter._convert_float = _convert_float
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot
