@@ -221,15 +221,15 @@ def fp8(bench: Bench) -> None:
     shape = gpu_models.shape_of(gpu_models.QWEN | (gpu_models.TINY if bench.tiny else {}))
     with started(bench, gpu_models.QWEN) as engine:
         plain = decode_row(bench, engine, "Qwen3 8B bf16 decode", shape, 1, None).tokens_per_s
-    with started(bench, gpu_models.QWEN | gpu_models.FP8) as engine:
+    with started(bench, gpu_models.QWEN_FP8) as engine:
         quantized_row(bench, engine, "FP8 8B decode", shape, plain, 1.6)
 
 
 def w4a16(bench: Bench) -> None:
-    """Llama 3.1 8B in codes of four bits, made while loading."""
+    """Llama 3.1 8B as GPTQ stores it: codes of four bits in groups of 128, the head in bfloat16."""
     plain = bench.known.get("bf16 decode")
     shape = gpu_models.shape_of(gpu_models.LLAMA | (gpu_models.TINY if bench.tiny else {}))
-    with started(bench, gpu_models.LLAMA, quantization="int4") as engine:
+    with started(bench, gpu_models.LLAMA_W4A16) as engine:
         quantized_row(bench, engine, "W4A16 8B decode", shape, plain, 2.5)
 
 

@@ -1,7 +1,5 @@
-"""Models to measure without a checkpoint: configs as published, in folders; weights are dummies.
-
-Numbers of a model that matter to its speed are its sizes and formats alone. Sources: config.json of
-meta-llama/Llama-3.1-8B, Qwen/Qwen3-8B and Qwen/Qwen3-8B-FP8 on the Hugging Face hub.
+"""Models to measure without a checkpoint: the shapes of configs/shapes/, whose weights are dummies. Of a model, its
+sizes and formats alone matter to its speed.
 """
 
 from __future__ import annotations
@@ -12,74 +10,28 @@ from typing import Any
 
 import torch
 from floor import ModelShape
-from safetensors.torch import save_file
+
+from octavo.engine.loader.shapes import shape_folders
 
 Config = dict[str, Any]
 
-LLAMA: Config = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "torch_dtype": "bfloat16",
-}
-QWEN: Config = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "torch_dtype": "bfloat16",
-}
-FP8 = {
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    }
-}
+
+def shape(name: str) -> Config:
+    """A model of configs/shapes/."""
+    found: Config = json.loads((shape_folders()[name] / "config.json").read_text())
+    return found
+
+
+LLAMA, LLAMA_W4A16 = shape("llama-3.1-8b"), shape("llama-3.1-8b-gptq")
+QWEN, QWEN_FP8 = shape("qwen3-8b"), shape("qwen3-8b-fp8")
 # A small model of the same kind, for seeing that all of it runs.
 TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "vocab_size": 320,
     "max_position_embeddings": 2048,
     "bos_token_id": 1,
@@ -88,10 +40,9 @@ TINY = {
 
 
 def write(config: Config, folder: Path) -> Path:
-    """A model's folder that holds its config, and weights in name alone."""
+    """A model's folder that holds its config alone."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file({}, folder / "model.safetensors")
     return folder
 
 

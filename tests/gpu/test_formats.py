@@ -43,7 +43,7 @@ WRITERS: dict[str, Callable[[Path, Path], Any]] = {
     "fp8": builders.write_fp8,
 }
 ROUNDS = ("w8a8",)  # x too, in float32
-EXACT, ROUNDED = 1e-3, 0.3  # in log probability, the largest of all
+EXACT, ROUNDED = 1e-4, 0.15  # in log probability, the largest of all
 
 
 def requests(lengths: tuple[int, ...], tokens: int) -> list[Request]:
@@ -83,11 +83,11 @@ def test_checkpoints(family: str, form: str, tmp_path: Path, device: torch.devic
 
 @pytest.mark.parametrize("kind", ["int4", *map(on_gpu, ("int8", "fp8"))])
 def test_quantized_on_load(kind: str, tmp_path: Path, device: torch.device) -> None:
-    """On the GPU as `ref` has it, which multiplies with the weights as floats."""
+    """On the GPU as `ref` has it. A head beside int4 is int8, for which both round x."""
     source = builders.write_float("llama", tmp_path / "source")
     prompts = tiny.prompts(LENGTHS if device.type == "cuda" else (5, 9))
     options = {"dtype": "float32", "quantization": kind}
     found = gpu_parity.prompt_logprobs(source, device, prompts, kernels="triton", **options)
     wanted = gpu_parity.prompt_logprobs(source, torch.device("cpu"), prompts, kernels="ref", **options)
     _, largest = gpu_parity.errors(found, wanted)
-    assert largest <= ROUNDED
+    assert largest <= (EXACT if kind == "fp8" else ROUNDED)
