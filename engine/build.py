@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from octavo.engine import env
 from octavo.engine.assets import tokenizer_of
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.blocks import BlockPool
@@ -86,6 +87,8 @@ def build_engine(config: EngineConfig, report: Report | None = None, options: Ra
         return replace(engine, info=replace(engine.info, phases=tuple(phases.done)))
     if config.is_fake:
         return build_fake(config)
+    if config.device != "cpu":
+        env.prepare_gpu_allocator()
     from octavo.engine.runner.build import build_local  # imports torch
 
     return build_local(config, Phases(report))

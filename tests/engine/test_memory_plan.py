@@ -1,6 +1,7 @@
 """The memory plan of a GPU, without one: what KV gets, what is said where it is too little, and that it is true."""
 
 import importlib.util
+import os
 import random
 import re
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+from octavo.engine import env
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
@@ -257,3 +259,19 @@ def test_others_hold_the_gpu(gpu: dict[str, int]) -> None:
         device_memory.GpuMemory(engine_config(), CPU)
     device_memory.GpuMemory(engine_config(kv_cache_memory_bytes=MIB), CPU)
     device_memory.GpuMemory(engine_config(num_gpu_blocks_override=9), CPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_torchs_allocator_is_set_up_unless_the_user_did(
+    given: dict[str, str], found: dict[str, str], monkeypatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    env.prepare_gpu_allocator()
+    assert os.environ == found
