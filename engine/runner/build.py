@@ -103,7 +103,7 @@ class Part:
         """The KV pool and the buffers, and the runner that uses them."""
         config, context, model = self.config, self.context, self.model
         pool = KVPool.allocate(model.kv_specs(), num_blocks, config.block_size, context.device)
-        sampling = SamplingState(config.max_num_seqs, max_model_len, self.info.vocab_size, context.device)
+        sampling = SamplingState(config.max_num_seqs, max_model_len, self.info.vocab_size, context.device, context.ops)
         stage = Stage(context.mesh.pp, model.width, context.dtype, context.device)
         pooler = Pooler(model, self.activation)
         sizes = (config.max_num_seqs, max_model_len, config.block_size)
