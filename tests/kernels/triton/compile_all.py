@@ -89,7 +89,7 @@ def layers() -> None:
     )
 
 
-def attention() -> None:
+def attention(kv_dtype: torch.dtype = torch.int8) -> None:
     """A sequence of one token beside one of many, contexts long enough to be split; caches in 8 bits."""
     batch = AttentionBatch(
         block_tables=torch.zeros(2, 32, dtype=torch.int32),
@@ -100,7 +100,7 @@ def attention() -> None:
         max_context_len=500,
     )
     query, key = (torch.zeros(31, heads, 128, dtype=torch.bfloat16) for heads in (8, 2))
-    keys, values = torch.zeros(2, 16, 2, 16, 132, dtype=torch.int8)
+    keys, values = torch.zeros(2, 16, 2, 16, 132, dtype=torch.int8).view(kv_dtype)
     triton.write_kv(key, key, keys, values, batch.slot_mapping)
     triton.paged_attention(query, keys, values, batch, 0.1)
     triton.copy_blocks(keys, values, torch.tensor([[0, 1]]))
@@ -127,5 +127,6 @@ if __name__ == "__main__":
     driver.set_active(AbsentGPU(80))
     sums_over_ranks()
     driver.set_active(AbsentGPU(89))
+    attention(torch.float8_e4m3fn)
     matmuls()
     layers()
