@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIB = 1 << 20
+TURNS = 4  # of a trial: more than the buffer has halves
 PART_BYTES = 128 << 10  # of a program; 64 of them make the 8 MiB of the largest limit below
 
 
@@ -227,7 +228,7 @@ def _allocate(store: dist.Store, link: ProcessGroupLink, device: torch.device) -
 def trial(link: SymmetricLink, rank: int, size: int, device: torch.device) -> str:
     """Adds up known numbers in every way, a few times. What was wrong; "" = nothing."""
     try:
-        for turn in range(4):
+        for turn in range(TURNS):
             for bytes_ in (4096, link.one_shot_bytes, link.most_bytes):
                 count = torch.arange(bytes_ // 2, dtype=torch.int32, device=device)
                 parts = [((count * (other + 3) + turn) % 16).bfloat16() for other in range(size)]  # sums are exact

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from octavo.kernels.triton.allreduce import Peers, buffer_bytes
 
 PATIENCE_S = 60
 # What takes long to import. No module of the tests: the server of forks does not have their paths.
-PRELOAD = ["sympy", "torch.testing", "torch.distributed", "triton.runtime.interpreter", "octavo.kernels.triton"]
+PRELOAD = ["sympy", "torch.testing", "torch.distributed", "triton.runtime.interpreter", "octavo.engine.runner.build"]
 
 
 class PAUSE:
@@ -71,10 +72,16 @@ def interpret_alone() -> None:
     InterpreterBuilder.create_masked_load = patient
 
 
-def on_ranks(size: int, part_bytes: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """work(peers, *args) of every rank, in rank order. Its module is imported by its name. Raises the first error."""
+def forks() -> BaseContext:
+    """Processes that need not import what takes long."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def on_ranks(size: int, part_bytes: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """work(peers, *args) of every rank, in rank order. Its module is imported by its name. Raises the first error."""
+    context = forks()
     with shared_files(size, part_bytes) as files:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         ranks = [
