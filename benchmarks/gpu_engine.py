@@ -269,7 +269,7 @@ def loading(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = gpu_models.write(config, Path(folder) / "model")
         file = path / "model.safetensors"
-        save_file(gpu_models.tensors(config), file)
+        save_file(gpu_models.tensors(config, bench.device), file)
         read = min(_read_seconds(file) for _ in range(3))
         options: dict[str, Any] = {"num_gpu_blocks_override": 64, "max_model_len": 256, "device": bench.device.type}
         engine = build_engine(EngineConfig(model=str(path), **options))

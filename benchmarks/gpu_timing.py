@@ -63,7 +63,7 @@ def measure_device() -> Device:
     """Without a GPU: of small arrays on the CPU."""
     there = torch.cuda.is_available()
     where, count, width = ("cuda", 1 << 29, 8192) if there else ("cpu", 1 << 18, 128)
-    source = torch.zeros(count, dtype=torch.int32, device=where)
+    source = torch.randint(1 << 30, (count,), dtype=torch.int32, device=where)  # numbers as floats, too
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / seconds_of([partial(target.copy_, source)])
     # A sum reads alone; where its kernel is the slower one, the copy shows what the memory can do.

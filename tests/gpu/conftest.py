@@ -1,5 +1,5 @@
-"""Tests on a CUDA GPU. Those marked `gpu` need one; a small one of each kind also runs in Triton's interpreter, so that
-what the others are written in is known to work.
+"""Tests on a CUDA GPU. Those marked `gpu` need one; a small one of each kind also runs on a CPU, so that the others'
+code is known to work.
 """
 
 import sys

@@ -1,4 +1,8 @@
-"""An engine with the Triton bodies of the ops, and the one it is compared with: `ref`, on the CPU."""
+"""An engine on the GPU, and the one it is compared with: `ref`, on the CPU.
+
+Without a GPU, tests of what an engine does run with the CPU's own ops, to see that they are sound; those of numbers ask
+for Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +40,10 @@ class Outcome:
 
 @contextmanager
 def started(folder: Path | str, **options: Any) -> Iterator[Engine]:
-    """On a GPU with Triton's bodies, unless options say otherwise."""
+    """On a GPU if there is one, unless options say otherwise."""
     settings: dict[str, Any] = {
         "model": str(folder),
         "device": ON_GPU,
-        "kernels": "triton",
         "dtype": "float32",
         "block_size": 16,
         "max_model_len": 96,
