@@ -335,6 +335,7 @@ def _announce(
     for model in config.models:
         info = infos[model.name]
         blocks = f"{info.num_blocks:,} KV blocks of {info.block_size} tokens" if info.pooling.is_causal else "no KV"
+        blocks += _memory(info)
         weights = "" if info.quantization == "none" else f", {info.quantization} weights"
         pool = f", {model.num_replicas} replicas" if model.num_replicas > 1 else ""
         ranks = f" of {model.engine.num_ranks} ranks" if model.engine.num_ranks > 1 else ""
@@ -354,6 +355,14 @@ def _announce(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _memory(info: EngineInfo) -> str:
+    """Where a GPU's memory went, if that was measured."""
+    if not info.weights_bytes:
+        return ""
+    kv, weights, steps = (f"{count / 2**30:.1f} GiB" for count in (info.kv_bytes, info.weights_bytes, info.steps_bytes))
+    return f" ({kv} of KV, {weights} of weights, {steps} for steps)"
 
 
 def _watch(stop: threading.Event) -> int:

@@ -195,7 +195,9 @@ class EngineInfo:
     """What a built engine is: facts read from its checkpoint or measured at start.
 
     `eos_token_ids`: tokens that end a sequence unless ignored. `phases`: (name, seconds) of the start-up, in order.
-    `quantization`: number format of the weights, "none" for floats. `batch_invariant`: see EngineConfig.
+    `quantization`: number format of the weights, "none" for floats. `batch_invariant`: see EngineConfig. Bytes are the
+    first rank's: `kv_block_bytes` of a block; of a GPU that was measured, else 0, `weights_bytes`, and `steps_bytes` for
+    all else that steps need.
     """
 
     model: str
@@ -211,6 +213,14 @@ class EngineInfo:
     quantization: str = "none"
     batch_invariant: bool = False
     pooling: PoolingInfo = GENERATES_ONLY
+    kv_block_bytes: int = 0
+    weights_bytes: int = 0
+    steps_bytes: int = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the first rank's pool."""
+        return self.num_blocks * self.kv_block_bytes
 
 
 @dataclass(slots=True)

@@ -84,7 +84,8 @@ class RankBuilder:
             torch.set_num_threads(spec.threads)
         with phases.phase("connect ranks"):
             rendezvous = begin.rendezvous and Rendezvous(*begin.rendezvous, STARTING_S, spec.step_timeout_s)
-            mesh = connect(spec.layout, spec.rank, rendezvous, pick_device(spec.config.device))
+            device, shared = pick_device(spec.config.device), not spec.config.disable_custom_all_reduce
+            mesh = connect(spec.layout, spec.rank, rendezvous, device, custom_all_reduce=shared)
         return build_part(spec.config, mesh, phases, begin.ranks_on_node)
 
 
@@ -118,7 +119,7 @@ class Part:
                 buffers.max_num_seqs,
                 buffers.table_width,
                 hidden,
-                collective=context.mesh.tp.size > 1,
+                collective=not context.mesh.tp.recordable,
             )
             return Runner(model, pool, ops, buffers, sampling, device, stage, graphs, pooler)
 
@@ -183,6 +184,7 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
     with phases.phase("measure memory"):
         specs, positions = model.kv_specs(), context.num_positions
         num_blocks = plan_num_blocks(config, specs, positions, lambda: memory.for_kv(model, context))
+        measured = memory.measured
     info = EngineInfo(
         model=source.name,
         max_model_len=length,
@@ -196,6 +198,9 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         quantization=methods.name,
         batch_invariant=ops.batch_invariant,
         pooling=pooling,
+        kv_block_bytes=config.block_size * sum(spec.bytes_per_token for spec in specs),
+        weights_bytes=measured.weights if measured else 0,
+        steps_bytes=measured.used - measured.weights if measured else 0,
     )
     return Part(info, config, model, context, activation_of(checkpoint.config))
 

@@ -49,6 +49,10 @@ class DeviceMemory(Protocol):
     def for_kv(self, model: CausalLM, context: BuildContext) -> int:
         """Bytes. With the weights there. Raises ConfigError where too few are left."""
 
+    @property
+    def measured(self) -> Measured | None:
+        """What `for_kv` planned with; None: it was not called, or had no need to measure."""
+
 
 def memory_of(config: EngineConfig, device: torch.device, ranks_on_node: int) -> DeviceMemory:
     """Before anything is put on the device. ranks_on_node: of the replica, that share this machine's memory."""
@@ -56,6 +60,8 @@ def memory_of(config: EngineConfig, device: torch.device, ranks_on_node: int) ->
 
 
 class HostMemory:
+    measured = None
+
     def __init__(self, sharers: int) -> None:
         self._sharers = sharers
 
@@ -78,6 +84,7 @@ class GpuMemory:
         self._config, self._device = config, device
         self._before = look(device)
         self._facts: ModelFacts | None = None
+        self.measured: Measured | None = None
         if config.sizes_kv_by_utilization:
             check_free(self._before.total, self._before.free, config.gpu_memory_utilization)
 
@@ -103,13 +110,11 @@ class GpuMemory:
 
     def for_kv(self, model: CausalLM, context: BuildContext) -> int:
         assert self._facts is not None, "weights come first"
-        measured = measure(self._before, model, context.ops, limits_of(self._config, model, context), self._device)
-        return plan_kv(
-            measured,
-            self._config.gpu_memory_utilization,
-            need_of(self._config, model, context),
-            self._facts.weighing(measured.weights).changes(),
-        )
+        limits = limits_of(self._config, model, context)
+        self.measured = measured = measure(self._before, model, context.ops, limits, self._device)
+        changes = self._facts.weighing(measured.weights).changes()
+        share = self._config.gpu_memory_utilization
+        return plan_kv(measured, share, need_of(self._config, model, context), changes)
 
 
 def facts_of(model: CausalLM, context: BuildContext, quantization: str, float8: bool) -> ModelFacts:

@@ -161,6 +161,7 @@ def test_stats_and_info_round_trip():
     assert wire.stats_from_proto(through(wire.stats_to_proto(stats))) == stats
     info = EngineInfo("m", 4096, 258, (256, 257), "float32", "cpu", 16, 99, GenerationDefaults(0.0, 0.9, top_k=5))
     info = dataclasses.replace(info, phases=(("weights", 1.5), ("kv", 0.25)), quantization="int8", batch_invariant=True)
+    info = dataclasses.replace(info, kv_block_bytes=4096, weights_bytes=2**34, steps_bytes=2**30)
     assert wire.info_from_proto(through(wire.info_to_proto(info))) == info
     pooling = PoolingInfo(
         generates=False,

@@ -223,6 +223,8 @@ def test_kv_is_planned_from_what_was_measured(gpu: dict[str, int]) -> None:
     # 9 rows of 33 tokens and 2 blocks; counts of 8 rows, half as much again while they grow.
     buffers = 9 * (33 + 2) * 4 + 8 * tiny.VOCAB * 5 * 3 // 2
     assert memory.for_kv(model, ctx) == int(1024 * MIB * 0.92) - 180 * MIB - buffers
+    assert memory.measured is not None
+    assert (memory.measured.weights, memory.measured.used) == (100 * MIB, 180 * MIB + buffers)
 
 
 def test_no_room_for_a_step_or_for_weights(gpu: dict[str, int], monkeypatch) -> None:

@@ -188,7 +188,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., stage: _Optional[int] = ..., tp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., gpu: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant", "pooling")
+    __slots__ = ("model", "max_model_len", "vocab_size", "eos_token_ids", "dtype", "device", "block_size", "num_blocks", "phases", "generation_defaults", "quantization", "batch_invariant", "pooling", "kv_block_bytes", "weights_bytes", "steps_bytes")
     class GenerationDefaults(_message.Message):
         __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
         TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,9 @@ class EngineInfo(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_BYTES_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_model_len: int
     vocab_size: int
@@ -237,7 +240,10 @@ class EngineInfo(_message.Message):
     quantization: str
     batch_invariant: bool
     pooling: PoolingInfo
-    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ..., quantization: _Optional[str] = ..., batch_invariant: _Optional[bool] = ..., pooling: _Optional[_Union[PoolingInfo, _Mapping]] = ...) -> None: ...
+    kv_block_bytes: int
+    weights_bytes: int
+    steps_bytes: int
+    def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., phases: _Optional[_Iterable[_Union[EngineInfo.Phase, _Mapping]]] = ..., generation_defaults: _Optional[_Union[EngineInfo.GenerationDefaults, _Mapping]] = ..., quantization: _Optional[str] = ..., batch_invariant: _Optional[bool] = ..., pooling: _Optional[_Union[PoolingInfo, _Mapping]] = ..., kv_block_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., steps_bytes: _Optional[int] = ...) -> None: ...
 
 class PoolingInfo(_message.Message):
     __slots__ = ("generates", "is_causal", "embedding_size", "pooling_type", "normalize", "is_matryoshka", "dimensions", "labels", "pair_types", "prompts", "default_prompt")
