@@ -196,8 +196,8 @@ class EngineInfo:
 
     `eos_token_ids`: tokens that end a sequence unless ignored. `phases`: (name, seconds) of the start-up, in order.
     `quantization`: number format of the weights, "none" for floats. `batch_invariant`: see EngineConfig. Bytes are the
-    first rank's: `kv_block_bytes` of a block; of a GPU that was measured, else 0, `weights_bytes`, and `steps_bytes` for
-    all else that steps need.
+    first rank's: `kv_block_bytes` of a block; of a GPU that was measured, else 0, `weights_bytes`, and `steps_bytes`
+    for all else that steps need.
     """
 
     model: str
