@@ -106,6 +106,7 @@ FLAGS: tuple[Flag, ...] = (
         "engine",
         "Device",
         device="auto, cpu or cuda.",
+        disable_custom_all_reduce="Add up with NCCL alone, also where GPUs could share memory.",
         batch_invariant="Start only where a request's logits are the same bits in any batch, as on CPU.",
         kernels="Force one body of the kernels: ref or cpu.",
     ),

@@ -39,6 +39,7 @@ class EngineConfig:
     enable_chunked_prefill false: a prompt is computed in one step or waits.
     async_scheduling: plan step N+1 while N runs.
     enforce_eager: run every step op by op, without recorded graphs.
+    disable_custom_all_reduce: GPUs add up with NCCL alone, also where they could share memory.
     seed: of dummy weights. A request without a seed of its own gets a random one.
     load_format dummy: random weights, no checkpoint is read beyond its config.
     quantization: auto = as the checkpoint is; none = floats, whatever the checkpoint is; int8, int4, fp8 = made of any
@@ -79,6 +80,7 @@ class EngineConfig:
     scheduling_policy: Policy = "fcfs"
     async_scheduling: bool = True
     enforce_eager: bool = False
+    disable_custom_all_reduce: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: Quantization = "auto"
     quantize_lm_head: bool = True
