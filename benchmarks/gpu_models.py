@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from floor import ModelShape
 
 from octavo.engine.loader.shapes import shape_folders
@@ -58,23 +57,3 @@ def shape_of(config: Config, bytes_per_parameter: float = 2.0, kv_bytes: float =
         kv_bytes_per_token=round(2 * layers * kv_heads * head_size * kv_bytes),
         attention_width=layers * heads * head_size,
     )
-
-
-def tensors(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
-    """A checkpoint of a Llama, random, in bfloat16. device: where it is drawn; on a CPU that takes seconds."""
-    width, ffn, head_size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"] * head_size, config["num_key_value_heads"] * head_size
-    shapes = {"model.embed_tokens": (config["vocab_size"], width), "lm_head": (config["vocab_size"], width)}
-    norms = ["model.norm"]
-    for layer in range(config["num_hidden_layers"]):
-        name = f"model.layers.{layer}"
-        shapes |= {f"{name}.self_attn.{part}_proj": (heads if part == "q" else kv_heads, width) for part in "qkv"}
-        shapes |= {f"{name}.self_attn.o_proj": (width, heads), f"{name}.mlp.down_proj": (width, ffn)}
-        shapes |= {f"{name}.mlp.{part}_proj": (ffn, width) for part in ("gate", "up")}
-        norms += [f"{name}.input_layernorm", f"{name}.post_attention_layernorm"]
-
-    def drawn(shape: tuple[int, int]) -> torch.Tensor:
-        return (torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02).cpu()
-
-    made = {f"{name}.weight": drawn(shape) for name, shape in shapes.items()}
-    return made | {f"{name}.weight": torch.ones(width, dtype=torch.bfloat16) for name in norms}

@@ -35,7 +35,7 @@ GOALS = {  # of the issue, that the sections' rows carry: what → how many rows
 def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
     """Of a whole run on tiny shapes, but for the sections of which there are tests of their own."""
     path = tmp_path_factory.mktemp("results") / "tiny.json"
-    sections = ["device", "ops", "attention", "rows", "bf16", "fp8", "w4a16", "transformers", "loading"]
+    sections = ["device", "ops", "attention", "rows", "bf16", "fp8", "w4a16", "transformers"]
     return gpu.main(["--tiny", "--output", str(path), "--only", *sections]), json.loads(path.read_text())
 
 
