@@ -7,6 +7,7 @@ fp8 is not for the native CPU ops: it runs with `ref`, and with the Triton bodie
 """
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,12 +15,17 @@ from types import ModuleType
 import pytest
 import torch
 
-from octavo.engine.build import build_engine
+sys.path.insert(0, str(Path(__file__).parent))
+from launchers import Threads
+
+from octavo.engine.build import Phases, assemble, build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.core.engine import EngineCore
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.kv import KVSpec
+from octavo.engine.parallel.layout import Layout
 from octavo.engine.params import SamplingParams
+from octavo.engine.process.ranks import Deadlines, Ranks
 from octavo.engine.runner.build import pick_kv_dtype
 from octavo.engine.runner.kv_pool import KVPool
 from octavo.engine.types import Request
@@ -53,15 +59,17 @@ def folder(request, tmp_path_factory):
     return tiny.make(request.param, tmp_path_factory.mktemp("checkpoints"))
 
 
+SETTINGS = {
+    "dtype": "float32",
+    "block_size": 8,
+    "max_model_len": 64,
+    "max_num_seqs": 8,
+    "num_gpu_blocks_override": 200,
+}
+
+
 def start(folder: Path, **options: object) -> EngineCore:
-    settings = {
-        "dtype": "float32",
-        "block_size": 8,
-        "max_model_len": 64,
-        "max_num_seqs": 8,
-        "num_gpu_blocks_override": 200,
-    }
-    return build_engine(EngineConfig(model=str(folder), **settings | options)).core
+    return build_engine(EngineConfig(model=str(folder), **SETTINGS | options)).core
 
 
 def generate(
@@ -117,6 +125,30 @@ def test_tokens_with_fp8_do_not_depend_on_the_schedule(tmp_path):
     for tokens, first in found:
         assert tokens == found[0][0]
         assert first == pytest.approx(found[0][1], abs=1e-3)
+
+
+@pytest.mark.parametrize(("kv_dtype", "kernels"), [("int8", None), ("fp8", "ref")])
+def test_ranks_that_share_the_heads_store_what_one_does(kv_dtype, kernels, tmp_path):
+    """A scale is of a token and head, so no rank needs another's; sums over ranks differ in their last bits."""
+    folder = tiny.make("llama", tmp_path)
+    options = {"kv_cache_dtype": kv_dtype, "kernels": kernels, "max_num_batched_tokens": 16}
+    found = []
+    for size in (1, 2):
+        core = start_ranks(folder, size, **options) if size > 1 else start(folder, **options)
+        try:
+            found.append(generate(core, prompts=PROMPTS[:4], max_tokens=6))
+        finally:
+            core.close()
+    (tokens, first), (of_ranks, first_of_ranks) = found
+    assert of_ranks == tokens
+    assert first_of_ranks == pytest.approx(first, abs=1e-3)
+
+
+def start_ranks(folder: Path, size: int, **options: object) -> EngineCore:
+    """Ranks are threads, and gloo is between them."""
+    config = EngineConfig(model=str(folder), tensor_parallel_size=size, **SETTINGS | options)
+    ranks = Ranks(config, Layout(tp=size), Threads(), Deadlines(hang_s=60), Phases(None))
+    return assemble(config, ranks.info, ranks).core
 
 
 @pytest.mark.parametrize("kernels", [None, "ref"])
