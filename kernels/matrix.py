@@ -6,6 +6,7 @@ op that multiplies with a Matrix multiplies with all of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -162,6 +163,11 @@ class Matrix:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Matrix:
         parts = {name: getattr(self, name) for name in ("values", "scales", "mins")}
         return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
+
+
+def alike(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Neighbours of the same `form` together."""
+    return [list(neighbours) for _, neighbours in itertools.groupby(matrices, key=lambda matrix: matrix.form)]
 
 
 def join(matrices: Sequence[Matrix]) -> Matrix:

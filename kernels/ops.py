@@ -151,7 +151,8 @@ class Activation(Protocol):
 class PackLinear(Protocol):
     def __call__(self, matrices: Sequence[Matrix]) -> Packed:
         """A copy of a weight, the outputs of all matrices one after the other, in the layout that `linear` and
-        `embedding` of the same body read. The matrices agree in their inputs and may differ in all else."""
+        `embedding` of the same body read. The matrices agree in their inputs and may differ in all else; neighbours of
+        the same `form` become a single product."""
 
 
 class RoundingOf(Protocol):

@@ -19,7 +19,7 @@ from octavo.kernels.cpu.graph import Arena, Graph, Recorder
 from octavo.kernels.cpu.library import ISAS, Op, open_library, runnable
 from octavo.kernels.cpu.pack import PackedLinear, pack
 from octavo.kernels.cpu.row_attention import row_attention
-from octavo.kernels.matrix import Matrix
+from octavo.kernels.matrix import Matrix, alike
 from octavo.kernels.ops import AttentionBatch
 from octavo.kernels.ref import penalties
 from octavo.kernels.rounded import Rounding
@@ -277,7 +277,7 @@ class Body:
 
     @staticmethod
     def pack_linear(matrices: Sequence[Matrix]) -> PackedLinear:
-        return PackedLinear(tuple(pack(matrix) for matrix in matrices))
+        return PackedLinear(tuple(pack(neighbours) for neighbours in alike(matrices)))
 
     @staticmethod
     def rounding_of(weight: PackedLinear, dtype: torch.dtype) -> Rounding | None:

@@ -10,12 +10,13 @@ Outputs and inputs that fill up a panel or a step are zeros. Knows the layout al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from octavo.kernels.matrix import Matrix
+from octavo.kernels.matrix import Matrix, join
 
 PANEL = 32
 FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
@@ -65,37 +66,75 @@ class Section:
         return self.form, self.group_size, self.groups, self.scales_half, self.has_mins, self.zero
 
 
-def pack(matrix: Matrix) -> Section:
-    """A copy in the native layout. float16 numbers become float32."""
-    values = (matrix.values.float() if matrix.values.dtype == torch.float16 else matrix.values).contiguous()
-    outputs, inputs = values.shape
-    if matrix.scales is None:
-        step = 2 if values.dtype == torch.bfloat16 else 1
-        panels = _panels(_padded(values, 2), step)
-        return Section(_bytes(panels), outputs, inputs, FORMS[values.dtype])
-    groups = matrix.scales.shape[1]
-    size = -(-matrix.group_size // 4) * 4
-    assert size == matrix.group_size or groups == 1, "groups are whole steps of 4 inputs"
-    if matrix.values.dtype == torch.float8_e4m3fn:
-        form, codes = FORMS[torch.float8_e4m3fn], _panels(_padded(values.view(torch.uint8), 4), 4)
-    else:
-        form, codes = CODES[matrix.bits], _panels(_padded(values, 4, matrix.zero), 4)
-    codes = codes.unflatten(1, (groups, -1))  # [panels, groups, size / 4, 32, 4]
-    if form == CODES[4]:
-        codes = codes[..., :16, :] | (codes[..., 16:, :] << 4)
-    heads = [_scale_panels(part) for part in (matrix.scales, matrix.mins) if part is not None]
+def pack(matrices: Sequence[Matrix]) -> Section:
+    """A copy in the native layout, the outputs of all one after the other. They have one `form`. float16 numbers become
+    float32.
+
+    Every matrix is written to its place panel by panel, so that memory beyond the result's stays in the CPU's cache.
+    """
+    if any(matrix.shape[0] % PANEL for matrix in matrices[:-1]):
+        matrices = [join(matrices)]
+    first, outputs = matrices[0], sum(matrix.shape[0] for matrix in matrices)
+    inputs, panels = first.shape[1], [-(-matrix.shape[0] // PANEL) for matrix in matrices]
+    if first.scales is None:
+        numbers = [_numbers(matrix.values) for matrix in matrices]
+        words = numbers[0].shape[1] * numbers[0].itemsize // 4
+        data = torch.empty(sum(panels), words, PANEL, dtype=torch.int32)
+        for values, out in zip(numbers, data.split(panels), strict=True):
+            for place, panel in zip(out, _words(values), strict=True):
+                place.copy_(panel.t())
+        return Section(_bytes(data), outputs, inputs, FORMS[numbers[0].dtype])
+    groups = first.scales.shape[1]
+    size = -(-first.group_size // 4) * 4
+    assert size == first.group_size or groups == 1, "groups are whole steps of 4 inputs"
+    float8 = first.values.dtype == torch.float8_e4m3fn
+    form = FORMS[torch.float8_e4m3fn] if float8 else CODES[first.bits]
+    heads = (1 if first.mins is None else 2) * PANEL * first.scales.itemsize
+    data = torch.empty(sum(panels), groups, heads + size * PANEL * first.bits // 8, dtype=torch.uint8)
+    for matrix, out in zip(matrices, data.split(panels), strict=True):
+        _write_codes(matrix, out, heads, form == CODES[4])
     return Section(
-        torch.cat([*heads, codes.flatten(2)], dim=2).flatten(),
+        _bytes(data),
         outputs,
         inputs,
         form,
         groups,
         size,
-        matrix.scales.dtype == torch.float16,
-        matrix.mins is not None,
-        matrix.zero,
-        matrix.inputs,
+        first.scales.dtype == torch.float16,
+        first.mins is not None,
+        first.zero,
+        first.inputs,
     )
+
+
+def _write_codes(matrix: Matrix, out: Tensor, heads: int, four_bits: bool) -> None:
+    """out: [panels, groups, bytes] uint8. heads: bytes of a group before its codes."""
+    assert matrix.scales is not None
+    parts = [_scale_panels(part) for part in (matrix.scales, matrix.mins) if part is not None]
+    out[:, :, :heads] = torch.cat(parts, dim=2)
+    codes = out[:, :, heads:]
+    float8 = matrix.values.dtype == torch.float8_e4m3fn
+    values = _padded(matrix.values.contiguous().view(torch.uint8), 4, 0 if float8 else matrix.zero)
+    turned = torch.empty(values.shape[1] // 4, PANEL, dtype=torch.int32)
+    bytes_ = turned.view(torch.uint8).view(out.shape[1], -1, PANEL, 4)  # [groups, steps, 32, 4]
+    for place, panel in zip(codes, _words(values), strict=True):
+        turned.copy_(panel.t())
+        if four_bits:
+            low, high = bytes_[:, :, : PANEL // 2], bytes_[:, :, PANEL // 2 :]
+            place.copy_((high << 4).bitwise_or_(low).flatten(1))
+        else:
+            place.copy_(bytes_.flatten(1))
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """[N, K] filled up to whole panels and pairs."""
+    values = values.float() if values.dtype == torch.float16 else values
+    return _padded(values.contiguous(), 2)
+
+
+def _words(values: Tensor) -> Tensor:
+    """[N, K], whole panels and words → [N / 32, 32, words] int32."""
+    return values.view(torch.int32).view(len(values) // PANEL, PANEL, -1)
 
 
 def _padded(values: Tensor, step: int, fill: int = 0) -> Tensor:
@@ -103,11 +142,6 @@ def _padded(values: Tensor, step: int, fill: int = 0) -> Tensor:
     outputs, inputs = values.shape
     more = (-(-outputs // PANEL) * PANEL - outputs, -(-inputs // step) * step - inputs)
     return values if more == (0, 0) else torch.nn.functional.pad(values, (0, more[1], 0, more[0]), value=fill)
-
-
-def _panels(values: Tensor, step: int) -> Tensor:
-    """[N, K] → [N / 32, K / step, 32, step]."""
-    return values.view(-1, PANEL, values.shape[1] // step, step).transpose(1, 2).contiguous()
 
 
 def _scale_panels(scales: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import torch
 
-from octavo.kernels.matrix import Matrix
+from octavo.kernels.matrix import Matrix, alike, join
 from octavo.kernels.rounded import Rounded, Rounding
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def pack_linear(matrices: Sequence[Matrix]) -> tuple[Matrix, ...]:
-    return tuple(matrices)
+    return tuple(join(neighbours) for neighbours in alike(matrices))
 
 
 def rounding_of(weight: tuple[Matrix, ...], dtype: torch.dtype) -> Rounding | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from octavo.kernels.matrix import Matrix
+from octavo.kernels.matrix import Matrix, alike, join
 from octavo.kernels.rounded import Rounded, Rounding
 from octavo.kernels.triton.codes_matmul import codes_matmul
 from octavo.kernels.triton.pack import Codes, Numbers, Scaled8, Section, pack
@@ -34,7 +34,8 @@ class PackedLinear:
 
 
 def pack_linear(matrices: Sequence[Matrix]) -> PackedLinear:
-    return PackedLinear(tuple(pack(matrix) for matrix in matrices), tuple(matrix.shape[0] for matrix in matrices))
+    joined = [join(neighbours) for neighbours in alike(matrices)]
+    return PackedLinear(tuple(pack(matrix) for matrix in joined), tuple(matrix.shape[0] for matrix in joined))
 
 
 def rounding_of(weight: PackedLinear, dtype: torch.dtype) -> Rounding | None:
