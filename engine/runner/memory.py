@@ -179,6 +179,8 @@ def ways_out(measured: Measured, utilization: float, need: Need, changes: Sequen
     wanted = math.ceil((measured.used + need.bytes) / measured.total * 100) / 100
     if wanted <= min(MOST_UTILIZATION, measured.free / measured.total):
         yield f"gpu_memory_utilization {wanted:.2f}"
+    if measured.graphs and left + measured.graphs >= need.bytes:
+        yield "enforce_eager"
     singles = _enough(measured, utilization, need, changes)
     pairs = (a.and_also(b) for a, b in itertools.combinations(changes, 2) if a.kind != b.kind)
     yield from singles or _enough(measured, utilization, need, tuple(pairs))

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from octavo.engine import env
+from octavo.engine.build import build_engine
 from octavo.engine.config import EngineConfig
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.context import BuildContext
@@ -19,7 +20,7 @@ from octavo.engine.loader.assign import load_weights
 from octavo.engine.models.registry import build_model
 from octavo.engine.parallel.mesh import Mesh
 from octavo.engine.quant.methods import choose_methods
-from octavo.engine.runner import device_memory, profile
+from octavo.engine.runner import build, device_memory, profile
 from octavo.engine.runner.memory import Change, Measured, ModelFacts, Need, check_free, plan_kv, shortage, ways_out
 from octavo.kernels import ops as kernel_ops
 
@@ -71,6 +72,12 @@ def test_one_message_says_what_takes_the_memory_and_what_would_fit() -> None:
         "tensor_parallel_size",
     ]
     assert ways[1:] == ["kv_cache_dtype fp8", "quantization fp8", "tensor_parallel_size 2"]
+
+
+def test_recorded_steps_may_be_given_up() -> None:
+    wanted = need((SMALL_CARD.for_kv(0.92) + 200 * MIB) // (128 * 1024))
+    assert "enforce_eager" in list(ways_out(SMALL_CARD, 0.92, wanted, ()))
+    assert "enforce_eager" not in list(ways_out(replace(SMALL_CARD, graphs=0, libraries=400 * MIB), 0.92, wanted, ()))
 
 
 def test_two_changes_where_one_is_not_enough() -> None:
@@ -253,6 +260,30 @@ def test_too_large_a_model_is_refused_before_its_weights_load(gpu: dict[str, int
     memory = device_memory.GpuMemory(engine_config(), CPU)
     with pytest.raises(ConfigError, match=r"too much, before any KV.*what would fit: .*tensor_parallel_size 8"):
         memory.check_weights(model, ctx, "none")
+
+
+def test_an_engine_gets_the_blocks_that_were_planned(gpu: dict[str, int], tmp_path: Path, monkeypatch) -> None:
+    """The whole start, on a GPU whose numbers are made up: the CPU computes."""
+    monkeypatch.setattr(build, "memory_of", lambda config, device, _: device_memory.GpuMemory(config, device))
+    gpu["peak"] = 900 * MIB
+    config = engine_config(model=str(tiny.make("llama", tmp_path)), dtype="float32", max_num_seqs=40, max_model_len=128)
+    config = replace(config, enforce_eager=True)
+    engine = build_engine(config)
+    engine.core.close()
+    info = engine.info
+    # Of 1 GiB, 0.92 less 900 MiB for steps is 42.08 MiB; 40 sequences of 128 tokens have use for 320 blocks.
+    assert (info.num_blocks, info.kv_block_bytes) == (320, 16 * 2 * 2 * 8 * 4 * 3)
+    assert info.steps_bytes > 900 * MIB
+    gpu["peak"] = 942 * MIB
+    with pytest.raises(
+        ConfigError, match=r"max_model_len 128 would take 0 MiB|would fit: .*gpu_memory_utilization 0\.93"
+    ):
+        build_engine(config)
+    # Left open, the length becomes what there is room for.
+    gpu["peak"] = 941 * MIB
+    engine = build_engine(replace(config, max_model_len=None))
+    engine.core.close()
+    assert engine.info.max_model_len == min(tiny.MAX_LEN, engine.info.num_blocks * 16)
 
 
 def test_others_hold_the_gpu(gpu: dict[str, int]) -> None:
