@@ -59,18 +59,19 @@ class SymmetricLink:
     """Sums in rank order, in float32, rounded once: a row's bits are those of gloo's on the CPU, whatever the batch, up
     to the limits.
 
-    memory: what `peers` points into, kept as long as this link. It is never given back before the process ends: other
-    ranks may read it at any time, and to free it waits for the device.
+    memory: what `peers` points into, held here: with CUDA, (this rank's buffer, torch's handle, ...). Closing the link
+    does not give it back: other ranks may read it at any time, and to free it waits for the device.
     """
 
     fuses_norm = True
 
     def __init__(self, below: Link, peers: allreduce.Peers, limits: Limits, memory: object) -> None:
-        self._below, self._peers, self._limits, self._memory = below, peers, limits, memory
+        self.below, self.peers, self.memory = below, peers, memory
+        self._limits = limits
 
     @property
     def recordable(self) -> bool:
-        return self._below.recordable
+        return self.below.recordable
 
     @property
     def one_shot_bytes(self) -> int:
@@ -83,29 +84,29 @@ class SymmetricLink:
         return self._limits.two_shot
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype in DTYPES and x.nbytes <= self._limits.two_shot and allreduce.fits(x, self._peers):
+        if x.dtype in DTYPES and x.nbytes <= self._limits.two_shot and allreduce.fits(x, self.peers):
             body = allreduce.one_shot if x.nbytes <= self._limits.one_shot else allreduce.two_shot
-            return body(x.contiguous(), self._peers)
-        return self._below.all_reduce(x)
+            return body(x.contiguous(), self.peers)
+        return self.below.all_reduce(x)
 
     def sum_add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if x.dtype not in DTYPES or x.nbytes > self._limits.one_shot or not allreduce.rows_fit(x, self._peers):
+        if x.dtype not in DTYPES or x.nbytes > self._limits.one_shot or not allreduce.rows_fit(x, self.peers):
             return None
-        return allreduce.sum_add_rms_norm(x.contiguous(), residual, weight, eps, self._peers)
+        return allreduce.sum_add_rms_norm(x.contiguous(), residual, weight, eps, self.peers)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self._below.all_gather(x)
+        return self.below.all_gather(x)
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        self._below.send(x, to)
+        self.below.send(x, to)
 
     def recv(self, out: torch.Tensor, source: int) -> None:
-        self._below.recv(out, source)
+        self.below.recv(out, source)
 
     def close(self) -> None:
-        self._below.close()
+        self.below.close()
 
 
 @dataclass(frozen=True, slots=True)

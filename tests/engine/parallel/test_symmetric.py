@@ -130,7 +130,7 @@ def test_there_is_room_up_to_the_limits(size: int, named: SymmetricLink) -> None
     limits = LIMITS[size]
     assert 0 < limits.one_shot <= limits.two_shot
     for dtype in symmetric.DTYPES:
-        assert symmetric.allreduce.fits(torch.empty(limits.two_shot // dtype.itemsize, dtype=dtype), named._peers)
+        assert symmetric.allreduce.fits(torch.empty(limits.two_shot // dtype.itemsize, dtype=dtype), named.peers)
 
 
 def test_a_trial_finds_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
