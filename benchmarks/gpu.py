@@ -64,7 +64,7 @@ class Section:
 SECTIONS = (
     Section("device", "gpu_kernels.device", 30),
     Section("ops", "gpu_kernels.other_ops", 30),
-    Section("parity", "gpu_parity.parity", 70),
+    Section("parity", "gpu_parity.parity", 90),
     Section("attention", "gpu_kernels.attention", 75),
     Section("rows", "gpu_kernels.row_ops", 30),
     Section("bf16", "gpu_engine.bf16", 90),
@@ -224,6 +224,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--budget", type=float, default=BUDGET_S, help="seconds for all sections (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="result file (default: benchmarks/results/<gpu>-<date>.json)")
+    parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--known", type=json.loads, default={}, help=argparse.SUPPRESS)
