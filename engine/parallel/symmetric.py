@@ -199,7 +199,7 @@ def _allocate(store: dist.Store, link: ProcessGroupLink, device: torch.device) -
     """Raises RuntimeError where torch or the driver cannot."""
     from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
-    env.allow_equal_gpu_numbers()
+    env.prepare_shared_gpu_memory()
     name = f"octavo {link.label} {next(_groups)}"
     # Versions of torch look for the group's ranks in different places: in one of these two.
     own = dist.PrefixStore("symmetric", store)

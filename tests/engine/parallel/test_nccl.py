@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from octavo.engine.errors import RankLost
-from octavo.engine.parallel.connect import SENDS_IN_FLIGHT
+from octavo.engine.parallel.connect import SENDS_IN_FLIGHT, HostedRendezvous, connect
+from octavo.engine.parallel.layout import Layout
 from octavo.engine.parallel.nccl import NCCLLink
 
 
@@ -127,3 +128,33 @@ def test_errors_say_who_was_doing_what(call: Callable[[NCCLLink], object], doing
 
 def test_the_backend_alone_has_a_timeout() -> None:
     assert linked()[0].timeout == timedelta(0)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_stages_meet_their_neighbours_before_the_first_step(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the pipeline: a stage's first message comes when the stage before has its own."""
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    link = NCCLLink("pp group of ranks 0, 1, 2", rank, 3, backend := Backend())
+    met: list[tuple[str, int]] = []
+    monkeypatch.setattr(backend, "recv", lambda tensors, source, tag: met.append(("recv", source)))
+    monkeypatch.setattr(backend, "send", lambda tensors, to, tag: met.append(("send", to)))
+    link.greet_neighbours(torch.device("cpu"))
+    assert met == [[("send", 1)], [("recv", 0), ("send", 2)], [("recv", 1)]][rank]
+
+
+@pytest.mark.parametrize("custom", [True, False])
+def test_groups_of_gpus(custom: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages have a pipeline; ranks that share layers share memory, unless it is not wanted."""
+
+    def connect_nccl(label, store, rank, size, timeouts, device, pipeline):
+        return label, rank, size, timeouts, str(device), pipeline
+
+    monkeypatch.setattr("octavo.engine.parallel.nccl.connect_nccl", connect_nccl)
+    monkeypatch.setattr("octavo.engine.parallel.symmetric.share_memory", lambda link, store, device: ("shared", link))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    hosted = HostedRendezvous("127.0.0.1", timeout_s=20, step_timeout_s=30)
+    mesh = connect(Layout(tp=2, pp=2), 3, hosted.rendezvous, torch.device("cuda"), custom)
+    hosted.close()
+    tp = ("tp group of ranks 2, 3", 1, 2, (20, 30), "cuda:0", False)
+    assert mesh.tp.link == (("shared", tp) if custom else tp)
+    assert mesh.pp.link == ("pp group of ranks 1, 3", 1, 2, (20, 30), "cuda:0", True)

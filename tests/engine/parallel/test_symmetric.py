@@ -179,3 +179,41 @@ def test_ranks_that_share_memory_give_the_tokens_of_one(tmp_path: Path) -> None:
             core.close()
     sums = done.read_text()
     assert {"o", "t", "n"} <= set(sums), "the embedding's, those of chunks, those of decode steps"
+
+
+class Member(Below):
+    label = "tp group of ranks 0, 1"
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = rank, 2
+
+
+@pytest.mark.parametrize("broken", ["", "place", "memory", "sums"])
+def test_ranks_decide_together(broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One of two finds something wrong, now at this point, now at that: neither shares memory, and one says why."""
+
+    def allocate(store: dist.Store, link: Member, device: torch.device) -> tuple[Peers, object]:
+        if broken == "memory" and link.rank == 1:
+            raise RuntimeError("CUDA driver error: no\nmore")
+        calls = torch.zeros(PROGRAMS, dtype=torch.int32)
+        return Peers(link.rank, 2, torch.zeros(2, dtype=torch.int64), calls, 128 << 10), None
+
+    names = iter(("GPU-0", "GPU-1"))
+    monkeypatch.setattr(symmetric, "_place", lambda device: Place("a", next(names)))
+    monkeypatch.setattr(symmetric, "nvlink_obstacle", lambda gpu, _: "no link" if broken == "place" else "")
+    monkeypatch.setattr(symmetric, "_allocate", allocate)
+    monkeypatch.setattr(
+        symmetric, "trial", lambda link, rank, *_: "wrong sums" if broken == "sums" and rank == 0 else ""
+    )
+    caplog.set_level("INFO", symmetric.__name__)
+    store, members = dist.HashStore(), [Member(0), Member(1)]
+    with ThreadPoolExecutor(2) as pool:
+        links = list(pool.map(lambda member: symmetric.share_memory(member, store, CPU), members))
+    assert len(caplog.messages) == 1
+    if not broken:
+        assert all(isinstance(link, SymmetricLink) for link in links)
+        assert caplog.messages[0] == "The tp group of ranks 0, 1 adds up over shared memory, from 8 MiB on with NCCL."
+        return
+    assert links == members
+    why = {"place": "no link", "memory": "CUDA driver error: no", "sums": "wrong sums"}[broken]
+    assert caplog.messages[0] == f"The tp group of ranks 0, 1 adds up with NCCL alone: {why}."
