@@ -37,6 +37,21 @@ def prepare_shared_gpu_memory() -> None:
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
+def prepare_gpu_allocator() -> None:
+    """PYTORCH_ALLOC_CONF: torch's memory on a GPU lies in segments that grow, unless the user has set this, or
+    PYTORCH_CUDA_ALLOC_CONF, which is its older name. To be called before torch first uses the GPU, best before it is
+    imported; for an engine of one rank.
+
+    Steps of every length take tensors of every size. From segments of fixed sizes, each would be cut otherwise, and
+    what lies idle between them would have to be given back and asked for again, with a wait for the GPU. The pools of
+    CUDA graphs grow too, or torch leaves them as they were, by its version. Ranks that share a model are left alone:
+    NCCL registers the memory that a graph's collectives read, and libraries hand it to other processes, for neither of
+    which segments that grow are sure to do.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def prepare_local_cluster(threads: int, haproxy_ports: tuple[int, int] | None) -> None:
     """Settings that the processes of a Ray cluster inherit from who starts it, unless the user has set them.
 
