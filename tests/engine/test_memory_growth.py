@@ -1,6 +1,6 @@
 """An engine that has run for long holds what it held soon after its start: no tensor, no object is left behind.
 
-Some hundred steps of mixed traffic, on the CPU: with the host's buffers, and with those of a device, op by op: recorded
+Hundreds of steps of mixed traffic, on the CPU: with the host's buffers, and with those of a device, op by op: recorded
 steps, of which there is a largest number, are kept for good. The engine is looked at when it stands still. What is not
 seen here is how a GPU's allocator cuts its memory up: benchmarks/gpu_memory.py looks at that.
 """
@@ -86,10 +86,10 @@ def test_nothing_is_left_behind(where: str, tmp_path: Path, monkeypatch: pytest.
         for i in range(6):
             burst(core, rng, f"early {i}")
         early, steps = held(), core.stats().steps
-        for i in range(16):
+        for i in range(9):
             burst(core, rng, f"late {i}")
         late = held()
-        assert core.stats().steps - steps > 450
+        assert core.stats().steps - steps > 250
         assert core.stats().preemptions > 0
         core.scheduler.pool.check()
     finally:
