@@ -70,7 +70,7 @@ FLAGS: tuple[Flag, ...] = (
         convert="What else to serve a model for that generates: auto or embed (embeddings), none; or classify.",
         pooler_config='How vectors are made, as JSON: {"pooling_type": "MEAN", "normalize": true}.',
         max_model_len="Longest prompt + output, in tokens.",
-        load_format="auto, or dummy for random weights.",
+        load_format="auto, or dummy for random weights (also of the shapes in configs/shapes/).",
         trust_remote_code="Run code that comes with the model.",
         seed="Seed of dummy weights.",
     ),

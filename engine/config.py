@@ -41,7 +41,8 @@ class EngineConfig:
     enforce_eager: run every step op by op, without recorded graphs.
     disable_custom_all_reduce: GPUs add up with NCCL alone, also where they could share memory.
     seed: of dummy weights. A request without a seed of its own gets a random one.
-    load_format dummy: random weights, no checkpoint is read beyond its config.
+    load_format dummy: random weights in the number format of the checkpoint's config, beyond which nothing is read; the
+        names of configs/shapes/ are models too, of which there is no more than that.
     quantization: auto = as the checkpoint is; none = floats, whatever the checkpoint is; int8, int4, fp8 = made of any
         checkpoint while loading; the name of a checkpoint's own format asks for just that.
     quantize_lm_head: false = the head (and an embedding tied to it) stays in floats.

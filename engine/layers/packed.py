@@ -96,7 +96,8 @@ class PackedMethod:
 
 def _as_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
     """In bfloat16 where that is exact, else in float32. Asked row by row, some at a time: mostly the first tell."""
-    rows = max(1, _CHUNK_WEIGHTS // max(1, tensor.shape[1]))
+    together = _CHUNK_WEIGHTS if tensor.device.type == "cpu" else tensor.numel()  # an answer of a GPU is waited for
+    rows = max(1, together // max(1, tensor.shape[1]))
     exact = tensor.dtype == torch.bfloat16 or all(
         torch.equal(part.to(torch.bfloat16).to(part.dtype), part) for part in tensor.split(rows)
     )

@@ -17,8 +17,10 @@ def give_back() -> None:
 
 
 def give_back_device(device: torch.device) -> None:
-    """What torch keeps of a GPU's memory for later, so that whoever asks what is free learns of it."""
+    """What torch keeps of a GPU's memory for later, once all work that was asked for is done, so that whoever asks what
+    is free learns of it."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
