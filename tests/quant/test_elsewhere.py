@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ import torch
 from gguf import GGMLQuantizationType
 
 from octavo.engine.layers.weight import Source
-from octavo.engine.loader.checkpoint import open_checkpoint
+from octavo.engine.loader.assign import load_weights
+from octavo.engine.loader.checkpoint import Checkpoint, open_checkpoint
 from octavo.engine.loader.read_ahead import read_ahead
 from octavo.engine.loader.source import ModelSource
+from octavo.engine.models.registry import build_model
+from octavo.engine.parallel.mesh import Mesh
 from octavo.engine.quant.gather import stored_matrices
+from octavo.engine.quant.methods import choose_methods
 from octavo.engine.quant.on_load import QUANTIZERS
-from octavo.engine.quant.scheme import read_scheme
+from octavo.engine.quant.scheme import Scheme, read_scheme
 from octavo.kernels.matrix import Matrix, join
 from octavo.kernels.triton.pack import pack
 
-sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("quant", "engine/loader"))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("quant", "models", "engine/loader"))
 import builders
 from elsewhere import THERE, Elsewhere, TensorThere
+from paged import context
 from test_read_ahead import LateCopies
 
 WRITERS: dict[str, Callable[[Path, Path], object]] = {
@@ -49,11 +54,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return builders.write_float("llama", tmp_path_factory.mktemp("float"))
 
 
+def opened(path: Path) -> tuple[Checkpoint, Scheme | None]:
+    checkpoint = open_checkpoint(ModelSource("gguf" if path.is_file() else "folder", path, "m", "m"))
+    return checkpoint, read_scheme(checkpoint.config)
+
+
 def walk(path: Path, *, there: bool) -> Iterator[tuple[str, torch.Tensor | Matrix]]:
     """Matrices but for their last outputs, read ahead."""
-    kind: Any = "gguf" if path.is_file() else "folder"
-    checkpoint = open_checkpoint(ModelSource(kind, path, "m", "m"))
-    scheme = read_scheme(checkpoint.config)
+    checkpoint, scheme = opened(path)
     weights: Any = checkpoint.weights()
     found = weights if scheme is None else stored_matrices(weights, scheme)
 
@@ -103,6 +111,39 @@ def test_converted_where_it_is(name: str, source: Path, tmp_path: Path) -> None:
                 check(weight.narrow(1, 4, 8), here.narrow(1, 4, 8))
             else:
                 assert torch.equal(held(weight), host[key])
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("name", ["floats", "gptq-8-desc-act", "fp8-block", "Q8_0.gguf"])
+def test_a_model_loaded_through_staging_is_the_same(
+    name: str, rank: int | None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and the slices of one rank of two."""
+    WRITERS[name](source, tmp_path / name)
+    mesh = Mesh() if rank is None else replace(Mesh(), tp=replace(Mesh().tp, rank=rank, size=2))
+    buffers = []
+
+    def load(through: bool) -> dict[str, list[Matrix]]:
+        def staging_of(device: torch.device) -> LateCopies | None:
+            buffers.append(LateCopies() if through else None)
+            return buffers[-1]
+
+        monkeypatch.setattr("octavo.engine.loader.assign.staging_of", staging_of)
+        checkpoint, scheme = opened(tmp_path / name)
+        ctx = context(mesh=mesh)
+        methods = choose_methods("auto", True, scheme.method if scheme else "gguf", ctx.ops)
+        ctx = replace(ctx, linear_method=methods.linear, head_method=methods.head, table_method=methods.table)
+        model = build_model(checkpoint.config, ctx)
+        weights: Any = checkpoint.weights()
+        load_weights(model, weights if scheme is None else stored_matrices(weights, scheme))
+        return {path: layer.packed for path, layer in model.named_modules() if getattr(layer, "packed", None)}
+
+    want, got = load(False), load(True)
+    assert want.keys() == got.keys()
+    for path, matrices in want.items():
+        for mine, theirs in zip(got[path], matrices, strict=True):
+            assert torch.equal(mine.dequantize(), theirs.dequantize()), path
+    assert buffers[1].buffers > 0
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
