@@ -35,10 +35,9 @@ class RMSNorm(Layer):
     def add(self, x: torch.Tensor | Unsummed, residual: torch.Tensor) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
         """(norm(x + residual), x + residual). Both inputs are given up."""
         if isinstance(x, Unsummed):
-            if self.rounding is None:
-                both = x.group.sum_add_rms_norm(x.part, residual, self.weight, self.eps)
-                if both is not None:
-                    return both
+            both = x.group.sum_add_rms_norm(x.part, residual, self.weight, self.eps, self.rounding)
+            if both is not None:
+                return both
             x = x.add_up()
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps, self.rounding)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from octavo.engine.errors import ConfigError, RankLost
 from octavo.engine.parallel.layout import Layout
 from octavo.engine.parallel.mesh import Group, Link, Mesh
+from octavo.kernels.rounded import Rounding
 
 SENDS_IN_FLIGHT = 4  # per peer; more than the steps a pipeline keeps in flight only cost memory
 _TWO_PHASES_FROM = 1 << 19  # bytes; below it one exchange of everything is faster than two of parts
@@ -131,7 +132,9 @@ class ProcessGroupLink:
 
     recordable = fuses_norm = False
 
-    def sum_add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    def sum_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None
+    ) -> None:
         return None
 
     def __init__(self, label: str, rank: int, size: int, timeout: timedelta) -> None:

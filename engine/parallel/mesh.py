@@ -13,6 +13,7 @@ import torch
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.parallel.layout import deal_evenly
+from octavo.kernels.rounded import Rounded, Rounding
 
 
 class Link(Protocol):
@@ -31,8 +32,8 @@ class Link(Protocol):
     def send(self, x: torch.Tensor, to: int) -> None: ...
     def recv(self, out: torch.Tensor, source: int) -> None: ...
     def sum_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor] | None: ...
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor] | None: ...
     def close(self) -> None: ...
 
 
@@ -61,11 +62,11 @@ class Group:
         return x.unsqueeze(0) if self.size == 1 else self._link.all_gather(x)
 
     def sum_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor] | None:
         """ops.add_rms_norm of all_reduce(x) in one launch, the same bits on all ranks; x, residual: [T, M], given up.
         None: not to be had, for these sizes or at all, on any rank, and nothing was done."""
-        return self._link.sum_add_rms_norm(x, residual, weight, eps) if self.fuses_norm else None
+        return self._link.sum_add_rms_norm(x, residual, weight, eps, rounding) if self.fuses_norm else None
 
     def gather_shares(self, x: torch.Tensor, shares: tuple[range, ...]) -> torch.Tensor:
         """x: [T, this rank's share] → [T, whole]: columns that lie dealt over the ranks, together again."""

@@ -25,6 +25,7 @@ from octavo.engine import env
 from octavo.engine.parallel.connect import ProcessGroupLink
 from octavo.engine.parallel.mesh import Link
 from octavo.engine.parallel.nvlink import NVLinked, nvlink_obstacle
+from octavo.kernels.rounded import Rounded, Rounding
 
 if importlib.util.find_spec("triton") is not None:
     from octavo.kernels.triton import allreduce
@@ -90,11 +91,11 @@ class SymmetricLink:
         return self.below.all_reduce(x)
 
     def sum_add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None
+    ) -> tuple[torch.Tensor | Rounded, torch.Tensor] | None:
         if x.dtype not in DTYPES or x.nbytes > self._limits.one_shot or not allreduce.rows_fit(x, self.peers):
             return None
-        return allreduce.sum_add_rms_norm(x.contiguous(), residual, weight, eps, self.peers)
+        return allreduce.sum_add_rms_norm(x.contiguous(), residual, weight, eps, self.peers, rounding)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return self.below.all_gather(x)

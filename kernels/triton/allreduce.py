@@ -24,12 +24,14 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels.rounded import Rounded, Rounding
+from octavo.kernels.triton.norm import PLAIN, inverse_rms, results_of, store_norms, tile_of
+from octavo.kernels.triton.quantize_rows import quantize_rows, size_in_tile
+
 # Origin of these numbers: estimates, from what others report for H100 nodes; not measured.
 PROGRAMS = 64  # at most, of a launch
 MOST_RANKS = 8
 TILE = 2048  # elements that a program moves at once
-# (longest row, warps)
-WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))
 
 SIGNALS = 2  # of a call: "written", "summed"
 HEAD = 4096  # bytes of signals at the buffer's front: [PROGRAMS, SIGNALS, MOST_RANKS] int32
@@ -180,7 +182,9 @@ def _two_shot(
 
 @triton.jit(do_not_specialize=["count", "rank"])
 def _sum_add_rms_norm(
-    x,  # [count, width]: becomes the norm
+    out,  # [count, width], contiguous: x itself, unless rounded
+    scales,
+    x,  # [count, width], contiguous
     residual,  # [count, width]: becomes the sum
     weight,  # [width]
     buffers,
@@ -197,35 +201,38 @@ def _sum_add_rms_norm(
     PROGRAMS: tl.constexpr,
     PART: tl.constexpr,
     ROW: tl.constexpr,  # elements from row to row in a part
+    SIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INTEGERS: tl.constexpr,
 ):
     program, step = tl.program_id(0), tl.num_programs(0)
     call = tl.load(calls + program) + 1
     mine = _part(buffers, rank, call, program, x, HEAD, PROGRAMS, PART)
-    column = tl.arange(0, WIDTH)
-    held = column < width
+    one, column = tl.arange(0, 1), tl.arange(0, WIDTH)
+    held, at = (column < width)[None, :], one[:, None] + column[None, :]  # [1, WIDTH]
     kept = 0
     for row in range(program, count, step):
-        tl.store(mine + kept + column, tl.load(x + row * width + column, mask=held), mask=held)
+        tl.store(mine + kept + at, tl.load(x + row * width + at, mask=held), mask=held)
         kept += ROW
     _announce(buffers, program, 0, call, rank, RANKS, MOST)
-    weights = tl.load(weight + column, mask=held, other=0.0).to(tl.float32)
+    weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     _await(buffers, program, 0, call, rank, RANKS, MOST)
     kept = 0
     for row in range(program, count, step):
-        total = tl.zeros([WIDTH], tl.float32)
+        total = tl.zeros([1, WIDTH], tl.float32)
         for peer in tl.static_range(RANKS):
             theirs = _part(buffers, peer, call, program, x, HEAD, PROGRAMS, PART)
-            total += tl.load(theirs + kept + column, mask=held, other=0.0).to(tl.float32)
+            total += tl.load(theirs + kept + at, mask=held, other=0.0).to(tl.float32)
         kept += ROW
         total = total.to(x.dtype.element_ty).to(tl.float32)  # as if it had been stored in between
-        into = residual + row * residual_stride + column
+        into = residual + row * residual_stride + at
         total += tl.load(into, mask=held, other=0.0).to(tl.float32)
         rounded = total.to(x.dtype.element_ty)  # the norm is of what the next layer will read
         tl.store(into, rounded, mask=held)
         value = rounded.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / width + eps)
-        normed = (value * scale * weights).to(x.dtype.element_ty)
-        tl.store(x + row * width + column, normed, mask=held)
+        scale = inverse_rms(value, eps, width)
+        result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
+        store_norms(out, scales, result, row + one, column, count, width, width, SIZE, LARGEST, INTEGERS)
     tl.store(calls + program, call)
 
 
@@ -261,20 +268,30 @@ def two_shot(x: torch.Tensor, peers: Peers) -> torch.Tensor:
 
 
 def sum_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: Peers
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    peers: Peers,
+    rounding: Rounding | None = None,
+) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
     """add_rms_norm (see `octavo.kernels.ops`) of what `one_shot` makes of x [T, M] contiguous: (norm, sum), the same
-    bits on all ranks. residual: [T, M], the same on all ranks. In place: x becomes the norm, residual the sum.
-
-    The ranks' sum is rounded to x's dtype before the residual is added, so that the result has the bits of the two ops;
-    but the norm's own sum may be taken in another order, which may change its last bit.
+    bits on all ranks. The ranks' sum is rounded to x's dtype before the residual is added: the bits of the two ops.
+    residual: [T, M], the same on all ranks, becomes the sum; x becomes the norm, if that is not rounded.
     """
-    if x.numel() == 0:
-        return x, residual
     count, width = x.shape
+    _, padded, _, warps = tile_of(width)
+    size = 0 if rounding is None else size_in_tile(rounding, width, padded)
+    if size is None:
+        norm, total = sum_add_rms_norm(x, residual, weight, eps, peers)
+        return quantize_rows(norm, rounding), total
     residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    padded = triton.next_power_of_2(width)
+    out, target, scales, form = (x, x, None, PLAIN) if rounding is None else results_of(x, rounding, size)
+    if x.numel() == 0:
+        return out, residual
     _sum_add_rms_norm[(min(PROGRAMS, count),)](
+        target,
+        scales,
         x,
         residual,
         weight,
@@ -286,10 +303,12 @@ def sum_add_rms_norm(
         peers.rank,
         width,
         padded,
-        **_options(x, peers, next(warps for longest, warps in WARPS if padded <= longest)),
+        **_options(x, peers, warps),
         ROW=_row_stride(x),
+        **form,
+        enable_fp_fusion=False,
     )
-    return x, residual
+    return out, residual
 
 
 def _options(x: torch.Tensor, peers: Peers, warps: int = 8) -> dict[str, int]:

@@ -23,14 +23,14 @@ WARPS = ((2048, 4), (8192, 8), (1 << 30, 16))
 
 
 @triton.jit
-def _inverse_rms(value, eps, width: tl.constexpr):
+def inverse_rms(value, eps, width: tl.constexpr):
     """value: [ROWS, WIDTH] float32 → [ROWS] float32."""
     squares = tl.sum((value * value).to(tl.float64), axis=1).to(tl.float32)
     return 1.0 / tl.sqrt(squares / width + eps)
 
 
 @triton.jit
-def _store(
+def store_norms(
     out,  # [count, width], rows out_stride apart; contiguous where rounded
     scales,  # [count, width / SIZE], if SIZE
     result,  # [ROWS, WIDTH] of the type that it has where it is not rounded
@@ -73,10 +73,10 @@ def _rms_norm(
     held = (row < count)[:, None] & (column < width)[None, :]
     start = row // inner * x_outer + row % inner * x_inner
     value = tl.load(x + start[:, None] + column[None, :], mask=held, other=0.0).to(tl.float32)
-    scale = _inverse_rms(value, eps, width)
+    scale = inverse_rms(value, eps, width)
     weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
-    _store(out, scales, result, row, column, count, width, width, SIZE, LARGEST, INTEGERS)
+    store_norms(out, scales, result, row, column, count, width, width, SIZE, LARGEST, INTEGERS)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -106,20 +106,20 @@ def _add_rms_norm(
     total = total.to(x.dtype.element_ty)  # the norm is of what the next layer will read
     tl.store(kept, total, mask=held)
     value = total.to(tl.float32)
-    scale = _inverse_rms(value, eps, width)
+    scale = inverse_rms(value, eps, width)
     weights = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     result = (value * scale[:, None] * weights[None, :]).to(x.dtype.element_ty)
-    _store(out, scales, result, row, column, count, x_stride, width, SIZE, LARGEST, INTEGERS)
+    store_norms(out, scales, result, row, column, count, x_stride, width, SIZE, LARGEST, INTEGERS)
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
 ) -> torch.Tensor | Rounded:
-    width, padded, at_once, warps = _tile(x.shape[-1])
+    width, padded, at_once, warps = tile_of(x.shape[-1])
     size = 0 if rounding is None else size_in_tile(rounding, width, padded)
     if size is None:
         return quantize_rows(rms_norm(x, weight, eps), rounding)
-    out, target, scales, form = _results(x, rounding, size)
+    out, target, scales, form = results_of(x, rounding, size)
     if x.numel() == 0:
         return out
     rows = rows_of(x)
@@ -147,13 +147,13 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
 ) -> tuple[torch.Tensor | Rounded, torch.Tensor]:
     """In place where the last dimension is contiguous and there are two."""
-    shape, (width, padded, at_once, warps) = x.shape, _tile(x.shape[-1])
+    shape, (width, padded, at_once, warps) = x.shape, tile_of(x.shape[-1])
     size = 0 if rounding is None else size_in_tile(rounding, width, padded)
     if size is None:
         norm, total = add_rms_norm(x, residual, weight, eps)
         return quantize_rows(norm, rounding), total
     x, residual = (part if _plain(part) else part.contiguous().view(-1, width) for part in (x, residual))
-    out, target, scales, form = (x.view(shape), x, None, _PLAIN) if rounding is None else _results(x, rounding, size)
+    out, target, scales, form = (x.view(shape), x, None, PLAIN) if rounding is None else results_of(x, rounding, size)
     if x.numel() == 0:
         return out, residual.view(shape)
     _add_rms_norm[(triton.cdiv(len(x), at_once),)](
@@ -176,16 +176,16 @@ def add_rms_norm(
     return out, residual.view(shape)
 
 
-_PLAIN = {"SIZE": 0, "LARGEST": 0.0, "INTEGERS": False}
+PLAIN = {"SIZE": 0, "LARGEST": 0.0, "INTEGERS": False}
 
 
-def _results(
+def results_of(
     x: torch.Tensor, rounding: Rounding | None, size: int
 ) -> tuple[torch.Tensor | Rounded, torch.Tensor, torch.Tensor | None, dict[str, float]]:
     """(what the op returns, its memory, its scales' memory, what the kernel is compiled for)."""
     if rounding is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return out, out, None, _PLAIN
+        return out, out, None, PLAIN
     rounded = empty_rounded(*x.shape, x, rounding)
     integers = rounding.dtype == torch.int8
     form = {"SIZE": size, "LARGEST": LARGEST[rounding.dtype], "INTEGERS": integers}
@@ -197,7 +197,7 @@ def _plain(x: torch.Tensor) -> bool:
 
 
 @cache
-def _tile(width: int) -> tuple[int, int, int, int]:
+def tile_of(width: int) -> tuple[int, int, int, int]:
     """(width, padded width, rows per program, warps)."""
     padded = triton.next_power_of_2(width)
     warps = next(warps for longest, warps in WARPS if padded <= longest)

@@ -83,7 +83,7 @@ def test_collectives_are_ordered_on_the_stream(eager: bool) -> None:
     assert all(work.waits == 1 for work in backend.works)
     assert link.recordable
     assert not link.fuses_norm
-    assert link.sum_add_rms_norm(x, x, x, 1e-5) is None
+    assert link.sum_add_rms_norm(x, x, x, 1e-5, None) is None
 
 
 def test_what_is_sent_lives_until_it_is_sent() -> None:

@@ -121,8 +121,8 @@ def test_size_and_type_decide_who_adds_up(named: SymmetricLink) -> None:
     assert named.all_reduce(half(1024, 4096)) == "two_shot"
     assert named.all_reduce(half(1025, 4096)) == "below (1025, 4096)"
     assert named.all_reduce(torch.ones(3, dtype=torch.int64)) == "below (3,)"
-    assert named.sum_add_rms_norm(half(64, 4096), half(64, 4096), half(4096), 1e-5) == "norm"
-    assert named.sum_add_rms_norm(half(65, 4096), half(65, 4096), half(4096), 1e-5) is None
+    assert named.sum_add_rms_norm(half(64, 4096), half(64, 4096), half(4096), 1e-5, None) == "norm"
+    assert named.sum_add_rms_norm(half(65, 4096), half(65, 4096), half(4096), 1e-5, None) is None
 
 
 @pytest.mark.parametrize("size", LIMITS)

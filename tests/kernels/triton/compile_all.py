@@ -107,13 +107,14 @@ def attention(kv_dtype: torch.dtype = torch.int8) -> None:
     triton.row_attention(query, key, key, batch, 0.1)
 
 
-def sums_over_ranks() -> None:
+def sums_over_ranks(*roundings: Rounding) -> None:
     peers = Peers(1, 8, torch.zeros(8, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int32), 128 << 10)
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.zeros(8, 4096, dtype=dtype)
         one_shot(x, peers)
         two_shot(x, peers)
-        sum_add_rms_norm(x, x.clone(), torch.ones(4096), 1e-6, peers)
+        for rounding in (None, *roundings):
+            sum_add_rms_norm(x, x.clone(), torch.ones(4096), 1e-6, peers, rounding)
 
 
 if __name__ == "__main__":
@@ -123,7 +124,7 @@ if __name__ == "__main__":
     matmuls()
     layers()
     attention()
-    sums_over_ranks()
+    sums_over_ranks(Rounding(torch.float8_e4m3fn, 128), Rounding(torch.int8, 4096))
     driver.set_active(AbsentGPU(80))
     sums_over_ranks()
     driver.set_active(AbsentGPU(89))
