@@ -27,7 +27,7 @@ from octavo.kernels import triton as ops
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
 from octavo.kernels.sampling import Draws, Masks
-from octavo.kernels.triton import attention, splits
+from octavo.kernels.triton import attention, splits, tiles
 from octavo.kernels.triton.grouped_matmul import grouped_linear
 
 HEADS, KV_HEADS, WIDTH, FFN, BLOCK_SIZE, PROCESSORS = 32, 8, 4096, 14336, 16, 132
@@ -181,8 +181,8 @@ def compile_all(capability: int, only: str) -> list[Compiled]:
 
     driver.set_active(AbsentDevice(capability))
     JITFunction.run = compile_only
-    attention._processors = splits.processors = lambda device: PROCESSORS
-    attention._shared_memory = splits.shared_memory = lambda device: SHARED[capability]
+    attention.processors = splits.processors = lambda device: PROCESSORS
+    tiles.shared_memory, tiles.capability = lambda device: SHARED[capability], lambda device: capability
     print(f"{'kernel':18}{'case':34}{'registers':>10}{'spilled':>9}{'shared':>9}")
     for case, call in cases(capability).items():
         if only in case:

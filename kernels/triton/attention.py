@@ -21,47 +21,11 @@ import triton.language as tl
 from octavo.kernels.ops import AttentionBatch
 from octavo.kernels.triton.attention_tile import find_sequence, sweep
 from octavo.kernels.triton.cache import split_cache
+from octavo.kernels.triton.tiles import AttentionTile, attention_tile, processors
 
 LOG2_E = 1.4426950408889634
 MOST_PARTS = 64  # of one sequence's KV
 LEAST_TILES = 2  # of BLOCK_N in a part
-PROCESSORS_OF_THE_INTERPRETER = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """block_m: rows (queries × heads of a group) of a program; block_n: KV positions of a step. ahead: steps whose KV
-    is on its way while one is computed. programs: per processor, that the split of decode rows aims at."""
-
-    block_m: int
-    block_n: int
-    warps: int
-    ahead: int
-    programs: int = 0
-
-    @property
-    def stages(self) -> int:
-        """Of Triton's software pipeline: KV hangs on the block table, so that a step ahead is two loads ahead."""
-        return 2 * self.ahead + 1
-
-
-# Bytes of a query's element → (padded head size up to, tile). Chosen for compute capability 9.0 by what its compiler
-# says of registers and shared memory; not measured yet (benchmarks/gpu_attention.py --tune measures).
-Tiles = dict[int, tuple[tuple[int, Tile], ...]]
-DECODE: Tiles = {
-    2: ((64, Tile(16, 128, 4, 2, 4)), (128, Tile(16, 64, 4, 2, 4)), (256, Tile(16, 32, 4, 2, 4))),
-    4: ((64, Tile(16, 64, 4, 1, 4)), (128, Tile(16, 32, 4, 1, 4)), (256, Tile(16, 16, 4, 1, 4))),
-}
-PREFILL: Tiles = {
-    2: ((64, Tile(128, 64, 4, 2)), (128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 1))),
-    4: ((64, Tile(64, 32, 4, 1)), (128, Tile(64, 32, 8, 1)), (256, Tile(32, 16, 8, 1))),
-}
-# For devices whose programs may have only some 100 KB of shared memory (capabilities 8.6, 8.9, 12.0).
-PREFILL_SMALL: Tiles = {
-    2: ((64, Tile(128, 64, 4, 1)), (128, Tile(128, 64, 8, 1)), (256, Tile(64, 32, 4, 1))),
-    4: ((64, Tile(64, 32, 4, 1)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1))),
-}
-SMALL = 128 << 10
 
 
 @triton.jit
@@ -370,12 +334,11 @@ def paged_attention(
         raise ValueError(f"Key and value caches differ in strides: {key_cache.stride()}, {value_cache.stride()}.")
     query = query if query.stride(2) == 1 else query.contiguous()
     call = _describe(query, key_cache, value_cache, batch, scale, window, soft_cap)
-    decode = _tile(DECODE[query.itemsize], call)
+    decode = _tile("decode", query.itemsize, call.head, call.group, query.device)
     few = decode.block_m // call.group
     _decode(out, call, batch, decode, min(few, batch.max_query_len))
     if batch.max_query_len > few:
-        tiles = PREFILL_SMALL if _shared_memory(query.device) < SMALL else PREFILL
-        _prefill(out, call, few + 1, _tile(tiles[query.itemsize], call))
+        _prefill(out, call, few + 1, _tile("prefill", query.itemsize, call.head, call.group, query.device))
     return out
 
 
@@ -445,7 +408,7 @@ def _describe(
     )
 
 
-def _decode(out: torch.Tensor, call: _Call, batch: AttentionBatch, tile: Tile, most_queries: int) -> None:
+def _decode(out: torch.Tensor, call: _Call, batch: AttentionBatch, tile: AttentionTile, most_queries: int) -> None:
     """Rows of at most most_queries queries."""
     longest = min(batch.max_context_len, batch.block_tables.shape[1] * call.form["BLOCK_SIZE"])
     if call.window is not None:
@@ -489,7 +452,7 @@ def _decode(out: torch.Tensor, call: _Call, batch: AttentionBatch, tile: Tile, m
         )
 
 
-def _prefill(out: torch.Tensor, call: _Call, fewest: int, tile: Tile) -> None:
+def _prefill(out: torch.Tensor, call: _Call, fewest: int, tile: AttentionTile) -> None:
     """Rows of at least `fewest` queries."""
     tiles = len(out) // (tile.block_m // call.group) + call.num_sequences
     _attend_tiles[(tiles, call.num_kv_heads)](
@@ -506,29 +469,15 @@ def _prefill(out: torch.Tensor, call: _Call, fewest: int, tile: Tile) -> None:
     )
 
 
-def _tile(tiles: tuple[tuple[int, Tile], ...], call: _Call) -> Tile:
-    """The table's for this padded head size, its rows at least a group."""
-    found = next((tile for most, tile in tiles if call.head <= most), tiles[-1][1])
-    return found if call.group <= found.block_m else replace(found, block_m=triton.next_power_of_2(call.group))
+@cache
+def _tile(kernel: str, size: int, head: int, group: int, device: torch.device) -> AttentionTile:
+    """The table's for elements of `size` bytes and this padded head size, its rows at least a group."""
+    found = attention_tile(f"{kernel} {size}", head, device)
+    return found if group <= found.block_m else replace(found, block_m=triton.next_power_of_2(group))
 
 
-def _num_parts(programs: int, longest: int, tile: Tile, device: torch.device) -> int:
+def _num_parts(programs: int, longest: int, tile: AttentionTile, device: torch.device) -> int:
     """Parts of each sequence's KV: a power of two, so that few kernels are compiled."""
-    wanted = -(-_processors(device) * tile.programs // programs)
+    wanted = -(-processors(device) * tile.programs // programs)
     possible = max(1, longest // (LEAST_TILES * tile.block_n))
     return min(triton.next_power_of_2(wanted), triton.next_power_of_2(possible), MOST_PARTS)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return PROCESSORS_OF_THE_INTERPRETER
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return SMALL
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)

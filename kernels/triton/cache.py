@@ -6,11 +6,15 @@ Layout asked for: key and value caches of the same strides, blocks contiguous.
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 
 from octavo.kernels.ref.cache import LARGEST, scaled_parts
 
 COPY_TILE = 4096  # elements that a program copies
 WARPS = 4
+
+# What `split_cache` made of caches that are still there: views cost as much to make as all else of a launch.
+_parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @triton.jit
@@ -215,4 +219,9 @@ def split_cache(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]
     every head starts at a multiple of 16 bytes, and Triton may load 16 at once; so does, with BS of 16, each head's
     scales, of a D that 4 divides.
     """
-    return scaled_parts(cache) if cache.dtype in LARGEST else (cache, None)
+    if cache.dtype not in LARGEST:
+        return cache, None
+    found = _parts.get(cache)
+    if found is None:
+        found = _parts[cache] = scaled_parts(cache)
+    return found

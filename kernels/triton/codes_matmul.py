@@ -11,15 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.splits import Tile, add_parts, cut
-
-# (most rows, tile): to be tuned on an H100 and an H200.
-TILES = (
-    (16, Tile(16, 64, 4, 5, programs=4)),
-    (32, Tile(32, 64, 4, 4, programs=4)),
-    (64, Tile(64, 128, 8, 3, programs=2)),
-    (1 << 40, Tile(128, 128, 8, 3)),
-)
+from octavo.kernels.triton.splits import add_parts, cut
 
 
 @triton.jit
@@ -104,7 +96,7 @@ def codes_matmul(
     (rows, inputs), (groups, outputs) = x.shape, scales.shape
     step = inputs // codes.shape[1]
     four_bits = codes.shape[3] != step
-    part = cut(TILES, rows, outputs, inputs // step, x.device)
+    part = cut("codes", rows, outputs, inputs // step, x.device)
     step_bytes = part.tile.rows * step * x.itemsize + part.tile.outputs * codes.shape[3]
     whole = part.parts == 1
     out = torch.empty(part.parts, rows, outputs, dtype=x.dtype if whole else torch.float32, device=x.device)

@@ -9,15 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.splits import Tile
+from octavo.kernels.triton.tiles import matmul_tile
 
-# (most rows per expert on average, tile): to be tuned on an H100 and an H200.
-TILES = (
-    (16, Tile(16, 128, 4, 4)),
-    (32, Tile(32, 128, 4, 4)),
-    (64, Tile(64, 128, 4, 4)),
-    (1 << 40, Tile(128, 128, 8, 3)),
-)
 STEP = 64  # inputs
 
 
@@ -74,7 +67,7 @@ def grouped_linear(x: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    tile = next(tile for most, tile in TILES if rows <= most * experts)
+    tile = matmul_tile("grouped", triton.cdiv(rows, experts), x.device)
     # Each expert that has rows may have one tile that is not full.
     most = rows // tile.rows + min(rows, experts)
     _grouped_matmul[(most, triton.cdiv(outputs, tile.outputs))](

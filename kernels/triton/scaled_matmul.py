@@ -11,15 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.splits import Tile, add_parts, cut
+from octavo.kernels.triton.splits import add_parts, cut
 
-# (most rows, tile): to be tuned on an H100 and an H200.
-TILES = (
-    (16, Tile(16, 64, 4, 5, programs=4)),
-    (32, Tile(32, 64, 4, 4, programs=4)),
-    (64, Tile(64, 128, 4, 4, programs=2)),
-    (1 << 40, Tile(128, 128, 8, 3)),
-)
 STEP = 128  # inputs per step, where groups do not ask for fewer
 
 
@@ -98,7 +91,7 @@ def scaled_matmul(
     """
     (rows, inputs), outputs, groups = x.shape, len(weight), x_scales.shape[1]
     step = STEP if groups == 1 else next(step for step in (128, 64, 32) if group_size % step == 0)
-    part = cut(TILES, rows, outputs, triton.cdiv(inputs, step), x.device)
+    part = cut("scaled", rows, outputs, triton.cdiv(inputs, step), x.device)
     stages = part.tile.stages_of((part.tile.rows + part.tile.outputs) * step, x.device)
     whole = part.parts == 1
     out = torch.empty(part.parts, rows, outputs, dtype=dtype if whole else torch.float32, device=x.device)

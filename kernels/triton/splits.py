@@ -6,39 +6,23 @@ Knows shapes and the device's number of processors. The parts of an output are a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+
+from octavo.kernels.triton.tiles import MatmulTile, matmul_tile, processors
 
 TILE = 1024  # outputs that a program adds up
 FEWEST_STEPS = 4  # of a part
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """What a program computes, and how. rows, outputs: powers of two, at least 16.
-
-    programs: that a processor runs at once, into as many of which products of few outputs are cut.
-    """
-
-    rows: int
-    outputs: int
-    warps: int
-    stages: int
-    programs: int = 1
-
-    def stages_of(self, step_bytes: int, device: torch.device) -> int:
-        """As many as fit, of so many bytes each, with as much again for other uses as the last one takes."""
-        return max(1, min(self.stages, shared_memory(device) // step_bytes - 1))
-
-
-@dataclass(frozen=True, slots=True)
 class Cut:
     """A grid over rows × outputs × parts of the inputs. steps: of each part."""
 
-    tile: Tile
+    tile: MatmulTile
     grid: tuple[int, int, int]
     steps: int
 
@@ -47,29 +31,15 @@ class Cut:
         return self.grid[2]
 
 
-def cut(tiles: tuple[tuple[int, Tile], ...], rows: int, outputs: int, steps: int, device: torch.device) -> Cut:
-    """tiles: (most rows, tile), ascending; the last is for all. steps: how often a program would add to its sums."""
-    tile = next((tile for most, tile in tiles if rows <= most), tiles[-1][1])
+@lru_cache(1 << 14)
+def cut(kernel: str, rows: int, outputs: int, steps: int, device: torch.device) -> Cut:
+    """kernel: a name in tiles.MATMUL. steps: how often a program would add to its sums."""
+    tile = matmul_tile(kernel, rows, device)
     # Programs of the same outputs follow one another: their weights are read from memory once.
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)
     parts = max(1, min(tile.programs * processors(device) // (grid[0] * grid[1]), steps // FEWEST_STEPS))
     each = triton.cdiv(steps, parts)
     return Cut(tile, (*grid, triton.cdiv(steps, each)), each)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8  # of the interpreter: enough for a few parts
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have."""
-    if device.type != "cuda":
-        return 227 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @triton.jit(do_not_specialize=["rows"])
