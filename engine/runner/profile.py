@@ -16,6 +16,7 @@ from octavo.engine.layers.attention import KVCaches
 from octavo.engine.layers.kv import KVSpec
 from octavo.engine.runner.kv_pool import KVPool
 from octavo.engine.runner.memory import Measured, size
+from octavo.engine.runner.whole_steps import MAX_TOKENS
 from octavo.kernels.ops import AttentionBatch, Ops
 from octavo.kernels.sampling import Draws
 
@@ -102,10 +103,11 @@ def measure(before: Before, model: Model, ops: Ops, limits: Limits, device: torc
 def buffer_bytes(limits: Limits) -> int:
     """Tokens and block tables of every slot, and, where tokens are drawn, counts for penalties: four bytes and one per
     slot and token, and a part of them twice while their number grows."""
-    slots = limits.max_num_seqs + 1
+    slots, rows = limits.max_num_seqs + 1, min(limits.max_num_seqs, MAX_TOKENS)
     per_slot = 4 * (limits.max_model_len + 1) + 4 * -(-limits.max_model_len // limits.block_size)
     counts = 5 * limits.max_num_seqs * limits.vocab_size * 3 // 2 if limits.takes_logits else 0
-    return slots * per_slot + counts
+    logits = 4 * rows * limits.vocab_size if limits.takes_logits and limits.records else 0  # of recorded steps
+    return slots * per_slot + counts + logits
 
 
 def graph_bytes(small_step: int) -> int:

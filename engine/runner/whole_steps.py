@@ -84,11 +84,13 @@ class WholeSteps:
         self._graphs: dict[Shape, Graph] = {}
         self._seen: set[Shape] = set()
         self._decode_sizes = tuple(sorted({min(size, buffers.max_num_seqs) for size in DECODE_SIZES}))
+        self._mixed_rows = tuple(sorted({min(size, buffers.max_num_seqs) for size in MIXED_ROWS}))
         self._is_off = ops.record is None
         device = buffers.device
         most = max(MAX_TOKENS, MIXED_TOKENS[-1])
         self._packed = torch.zeros(packed_bytes(most, most), dtype=torch.uint8, device=device)
         self._drawn = torch.zeros(2, most, dtype=torch.int32, device=device)
+        self._outputs: dict[Kind, torch.Tensor] = {}  # that all graphs of a kind share
         self._hidden = None if hidden is None else torch.zeros(most, hidden[0], dtype=hidden[1], device=device)
 
     @property
@@ -104,7 +106,7 @@ class WholeSteps:
         if tokens == count:
             size = _at_least(self._decode_sizes, count)
             return None if size is None else Shape(size, size, True, kind)
-        padded, among = _at_least(MIXED_TOKENS, tokens), _at_least(MIXED_ROWS, count)
+        padded, among = _at_least(MIXED_TOKENS, tokens), _at_least(self._mixed_rows, count)
         if padded is None or among is None:
             return None
         shape = Shape(padded, among, False, kind)
@@ -203,11 +205,21 @@ class WholeSteps:
         )
         hidden = self._model(x, inputs.positions, self._caches, batch)
         if shape.kind is Kind.HIDDEN:
-            return hidden
+            return self._shared(shape, hidden)
         logits = self._model.local_logits(hidden if shape.decode else hidden.index_select(0, inputs.last))
         if shape.kind is Kind.LOGITS:
-            return logits
+            return self._shared(shape, logits)
         return self._draw(shape, logits.to(torch.float32).contiguous(), inputs)
+
+    def _shared(self, shape: Shape, result: torch.Tensor) -> torch.Tensor:
+        """A copy, where results of the kind go: as its result, each graph would keep memory of its own from the others,
+        and logits of every size together are gigabytes."""
+        kept = self._outputs.get(shape.kind)
+        if kept is None:  # in the first call of a recording, which is not captured
+            mixed = MIXED_TOKENS if shape.kind is Kind.HIDDEN else self._mixed_rows
+            most = max(self._decode_sizes[-1], mixed[-1])
+            kept = self._outputs[shape.kind] = result.new_empty(most, result.shape[1])
+        return kept[: len(result)].copy_(result)
 
     def _draw(self, shape: Shape, logits: torch.Tensor, inputs: Any) -> torch.Tensor:
         peaks = self._ops.find_peaks(logits)
