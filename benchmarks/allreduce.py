@@ -40,7 +40,7 @@ def main() -> None:
         torch.set_num_threads(1)
     work = Work(args)
     check(work)
-    work.say(f"checked: {', '.join(work.bodies)} on {args.ranks} ranks")
+    work.say(f"checked on {args.ranks} ranks: {', '.join((*work.bodies, *({'fused'} & work.norms.keys())))}")
     if not args.interpret:
         measure(work, args)
     work.link.close()
