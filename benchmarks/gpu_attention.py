@@ -8,8 +8,8 @@ of torch's scaled_dot_product_attention, whose K and V are contiguous and repeat
 Calls are captured in a CUDA graph over several sets of tensors, larger than the L2 cache together, and replayed: no
 host time is in a figure. Medians of replays.
 
---tune tries other tiles for paged attention. --interpret checks tiny shapes on the CPU in Triton's interpreter, and
-measures nothing.
+--tune tries other tiles for paged attention and prints the best as lines of octavo.kernels.triton.tiles. --interpret
+checks tiny shapes on the CPU in Triton's interpreter, and measures nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import argparse
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -272,35 +271,26 @@ def line(result: Result) -> str:
     )
 
 
-@contextmanager
-def tile_of(module: Any, table: str, tile: Any) -> Iterator[None]:
-    """Every size of `table` (DECODE, PREFILL) has this tile."""
-    before = getattr(module, table)
-    setattr(module, table, dict.fromkeys(before, ((1 << 30, tile),)))
-    try:
-        yield
-    finally:
-        setattr(module, table, before)
-
-
-def tune(op: Op, device: Device, module: Any) -> None:
-    """The five fastest tiles per case. What does not fit the device is left out."""
+def tune(op: Op, device: Device, only: str) -> None:
+    """Prints lines of octavo.kernels.triton.tiles, for this device."""
+    gpu_tiles = importlib.import_module("gpu_tiles")
+    tiles = gpu_tiles.tiles
+    capability = tiles.capability(torch.device("cuda"))
     for case in attention_cases():
-        table = "PREFILL" if case.flops else "DECODE"
-        rows = (64, 128) if case.flops else (16,)
-        found: list[tuple[float, Any]] = []
-        for block_m, block_n, warps, ahead in product(rows, (32, 64, 128), (4, 8), (1, 2, 3)):
-            for programs in (0,) if case.flops else (2, 4, 8):
-                tile = module.Tile(block_m, block_n, warps, ahead, programs)
-                with tile_of(module, table, tile):
-                    try:
-                        found.append((measure(replace(case, rival=None), op, device).us, tile))
-                    except Exception as error:  # Triton's OutOfResources is a bare Exception
-                        if "out of resource" not in str(error):
-                            raise
-        print(f"{case.op} {case.shape}")
-        for us, tile in sorted(found, key=lambda pair: pair[0])[:5]:
-            print(f"  {us:10.1f} µs  {tile}")
+        if only not in case.shape:
+            continue
+        sizes = product((64, 128) if case.flops else (16,), (32, 64, 128), (4, 8), (1, 2, 3))
+        found = gpu_tiles.try_tiles(
+            kernel := "prefill 2" if case.flops else "decode 2",
+            [
+                tiles.AttentionTile(*size, programs)
+                for size in sizes
+                for programs in ((0,) if case.flops else (2, 4, 8))
+            ],
+            lambda case=case: measure(replace(case, rival=None), op, device).us / 1e6,
+        )
+        what = f"{case.shape}, {torch.cuda.get_device_name()}"
+        print(gpu_tiles.lines(kernel, capability, HEAD_SIZE, found, what), flush=True)
 
 
 def interpret(triton_ops: Any) -> None:
@@ -330,7 +320,7 @@ def main() -> None:
     name, device = torch.cuda.get_device_name(), measure_device()
     print(f"{name}: copy {device.copy / 1e9:.0f} GB/s, bfloat16 matmul {device.matmul / 1e12:.0f} TFLOP/s")
     if options.tune:
-        tune(triton_ops.paged_attention, device, importlib.import_module("octavo.kernels.triton.attention"))
+        tune(triton_ops.paged_attention, device, options.only)
         return
     cases = [*attention_cases(), *row_cases(8192, 0.90), *row_cases(64, None)]
     cases = [case for case in cases if options.only in f"{case.op} {case.shape}"]

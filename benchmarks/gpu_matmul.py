@@ -15,18 +15,22 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 if "--interpret" in sys.argv:  # read when triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import torch.nn.functional as F
+from gpu_tiles import lines, try_tiles
 from gpu_timing import seconds_of, sets_of
 from report import save, show, table
 
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.rounded import Rounding
+from octavo.kernels.triton import tiles
 from octavo.kernels.triton.grouped_matmul import grouped_linear
 from octavo.kernels.triton.linear import linear, pack_linear
 from octavo.kernels.triton.quantize_rows import quantize_rows
@@ -165,6 +169,36 @@ def measure_experts(
     return [Measured(f"{experts} experts, bf16", f"{outputs} × {inputs}", rows, seconds, flops, nbytes, plain)]
 
 
+def tune(layers: dict[str, Shape], device: torch.device, repeats: int) -> None:
+    """Prints the tiles that are fastest over all layers together, for each size in the table. The grouped product's are
+    tried with as many rows for each of 8 experts."""
+    capability, name = tiles.capability(device), device_name(device)
+    for kernel, form in (("scaled", "fp8 128×128"), ("codes", "AWQ 128"), ("grouped", None)):
+        weights = {shape: weights_of(form, shape, device) for shape in layers.values()}
+        for most, rows in (16, 16), (32, 32), (64, 64), (tiles.ALL, 4096):
+            calls = [call for shape in layers.values() for call in calls_of(weights[shape], shape, rows, device)]
+            sizes = product((min(rows, 128),), (64, 128), (4, 8), (3, 4, 5), (1,) if kernel == "grouped" else (1, 2, 4))
+            candidates = [tiles.MatmulTile(*size) for size in sizes]
+            found = try_tiles(kernel, candidates, lambda calls=calls: seconds_of(calls, repeats))
+            print(lines(kernel, capability, most, found, f"{form or 'experts'}, {rows} rows, {name}"), flush=True)
+
+
+def weights_of(form: str | None, shape: Shape, device: torch.device) -> Any:
+    """Packed; form None: of 8 experts in the activations' type."""
+    if form is None:
+        return torch.randn(8, *shape, device=device, dtype=dtype_on(device))
+    return pack_linear([FORMS[form](*shape, device)])
+
+
+def calls_of(weight: Any, shape: Shape, rows: int, device: torch.device) -> list[Callable[[], object]]:
+    experts = len(weight) if isinstance(weight, torch.Tensor) else 1
+    x = torch.randn(rows * experts, shape[1], device=device).to(dtype_on(device))
+    if experts == 1:
+        return [lambda: linear(x, weight)]
+    offsets = torch.arange(0, len(x) + 1, rows, dtype=torch.int32, device=device)
+    return [lambda: grouped_linear(x, weight, offsets)]
+
+
 def copy_rate(device: torch.device, repeats: int) -> float:
     """Bytes per second that a copy on the device reads and writes together."""
     source = torch.empty(1 << (30 if device.type == "cuda" else 20), dtype=torch.uint8, device=device)
@@ -177,6 +211,9 @@ def main() -> None:
     parser.add_argument("--interpret", action="store_true", help="small shapes in Triton's interpreter")
     parser.add_argument("--rows", type=int, nargs="*", help=f"instead of {', '.join(map(str, ROWS))}")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument(
+        "--tune", action="store_true", help="print better tiles as lines of octavo.kernels.triton.tiles"
+    )
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     if not options.interpret and not torch.cuda.is_available():
@@ -185,6 +222,10 @@ def main() -> None:
     torch.manual_seed(0)
     layers, all_rows = (SMALL, SMALL_ROWS) if options.interpret else (LAYERS, ROWS)
     found: list[Measured] = []
+    if options.tune:
+        with torch.inference_mode():
+            tune(layers, device, options.repeats)
+        return
     with torch.inference_mode():
         copied = copy_rate(device, options.repeats)
         for rows in options.rows or all_rows:
@@ -192,9 +233,9 @@ def main() -> None:
                 found += measure_layer(layer, shape, rows, device, options.repeats)
             experts, routing = ((64, 128), SMALL_EXPERTS) if options.interpret else ((1536, 2048), EXPERTS)
             found += measure_experts(experts, rows, device, options.repeats, routing)
-    lines = table(("weights", "layer", "rows", "µs", "TFLOP/s", "× bf16", "GB/s of weights", "of copy"), left=2)
+    shown = table(("weights", "layer", "rows", "µs", "TFLOP/s", "× bf16", "GB/s of weights", "of copy"), left=2)
     for one in found:
-        lines.add_row(
+        shown.add_row(
             one.what,
             one.layer,
             str(one.rows),
@@ -204,7 +245,7 @@ def main() -> None:
             f"{one.gbytes:.0f}",
             f"{one.gbytes * 1e9 / copied:.0%}",
         )
-    show(f"Matmuls, all checked; a copy moves {copied / 1e9:.0f} GB/s", lines)
+    show(f"Matmuls, all checked; a copy moves {copied / 1e9:.0f} GB/s", shown)
     measured = ("what", "layer", "rows", "seconds", "tflops", "gbytes", "plain_seconds")
     results = [{name: getattr(one, name) for name in measured} for one in found]
     save("gpu_matmul", {"copy_gbytes": copied / 1e9, "device": device_name(device)}, results, options.json)
