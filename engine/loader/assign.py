@@ -14,7 +14,8 @@ from octavo.engine.errors import ConfigError
 from octavo.engine.layers.decoder import CausalLM, WeightTarget
 from octavo.engine.layers.weight import Layer, Source
 from octavo.engine.loader.file_tensor import Expected, FileTensor
-from octavo.engine.loader.memory import give_back, give_back_device
+from octavo.engine.loader.finishing import Finishing
+from octavo.engine.loader.memory import give_back_device
 from octavo.engine.loader.read_ahead import read_ahead
 from octavo.engine.loader.staging import staging_of
 
@@ -31,26 +32,32 @@ def load_weights(
     tensors: Iterable[tuple[str, Source]],
     on_bytes: Callable[[int], None] | None = None,
     device: torch.device = CPU,
+    workers: int = 1,
 ) -> None:
     """Fill every parameter of `model` from (name, tensor) pairs in any order.
 
     Tensors are cut to this rank's share, which alone is read if they are still in a file, and cast to the parameters'
     dtype. Tensors of other pipeline stages are passed over unread. A layer is finished as soon as it has all of
     its tensors, so that no more than one weight is there twice. `on_bytes` is called after each tensor with its size,
-    kept or not. device: the model's, to which what is in files is read ahead. Raises ConfigError that names the first
+    kept or not. device: the model's, to which what is in files is read ahead. workers: threads that finish layers, each
+    of which is there twice meanwhile. Raises ConfigError that names the first
     tensor that is unexpected, given twice or of a wrong shape, or the first that is missing at the end.
     """
     layers = _layers(model)
     wanted = _wanted(layers)
     elsewhere = [_wanted(_layers(whole)) for whole in model.whole]
     missing = {path: {(name, part) for name, parts in wanted[path].items() for part in parts} for path in layers}
-    with closing(read_ahead(tensors, _Wishes(model, layers), staging_of(device))) as read:
+    reading = closing(read_ahead(tensors, _Wishes(model, layers), staging_of(device)))
+    with Finishing(workers) as finishing, reading as read:
         for name, tensor in read:
             target = model.weight_names.target(name)
             if target is not None and not _is_tied_head(model, target):
                 parts = _claimed(wanted, target)
                 if parts:
-                    _take(layers[target.module], missing[target.module], parts, name, target, tensor)
+                    layer, lacks = layers[target.module], missing[target.module]
+                    _take(layer, lacks, parts, name, target, tensor)
+                    if not lacks:
+                        finishing.finish(layer)
                 elif not any(_claimed(theirs, target) for theirs in elsewhere):
                     raise ConfigError(f"The checkpoint holds {name!r}, which the model's config has no place for.")
             if on_bytes is not None:
@@ -99,9 +106,6 @@ def _take(
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"The checkpoint's {name!r} {error}.") from None
     lacks.difference_update([(target.weight, part) for part in parts])
-    if not lacks:
-        layer.finish()
-        give_back()
 
 
 def _layers(model: CausalLM) -> dict[str, Layer]:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -48,6 +49,8 @@ from octavo.engine.runner.stage import Stage
 from octavo.engine.runner.whole_steps import WholeSteps
 from octavo.engine.types import EngineInfo, GenerationDefaults
 from octavo.kernels import ops as kernel_ops
+
+LOADING_THREADS = 4  # of a CPU: as many layers are finished at once, more than memory is fast enough for
 
 
 def build_local(config: EngineConfig, phases: Phases) -> Engine:
@@ -175,12 +178,14 @@ def build_part(config: EngineConfig, mesh: Mesh, phases: Phases, ranks_on_node: 
         model = build_model(checkpoint.config, context, role)
         pooling = pooling_info(config, role, checkpoint.config, model.feature_size, folder)
         memory.check_weights(model, context, methods.name)
-    with phases.phase("load weights"), _one_thread(), memory.loading():
+    with phases.phase("load weights"), _one_thread() as threads, memory.loading():
         if dummy:
             init_dummy(model, config.seed, device, scheme)
         else:
-            weights = checkpoint.weights()
-            load_weights(model, weights if scheme is None else stored_matrices(weights, scheme), device=device)
+            weights: Any = checkpoint.weights()
+            weights = weights if scheme is None else stored_matrices(weights, scheme)
+            workers = min(threads, LOADING_THREADS) if device.type == "cpu" else 1
+            load_weights(model, weights, device=device, workers=workers)
     with phases.phase("measure memory"):
         specs, positions = model.kv_specs(), context.num_positions
         num_blocks = plan_num_blocks(config, specs, positions, lambda: memory.for_kv(model, context))
@@ -245,13 +250,14 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Loading is many small tensor operations, bound by memory: a second thread adds little when cores are free, and
-    makes each operation wait for the slowest when they are not (start-up, when Ray's processes start too)."""
+def _one_thread() -> Iterator[int]:
+    """How many there were. Loading is many small tensor operations, bound by memory: a second thread for one of them
+    adds little when cores are free, and makes each operation wait for the slowest when they are not (start-up, when
+    Ray's processes start too). Whole layers are another matter."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 

@@ -1,6 +1,7 @@
 """Loading: every parameter filled, every tensor used or ignored, and one sentence for whatever is wrong."""
 
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from octavo.engine.errors import ConfigError
 from octavo.engine.layers.linear_method import Unquantized
-from octavo.engine.layers.weight import Weight
+from octavo.engine.layers.weight import Layer, Weight
 from octavo.engine.loader.assign import load_weights
 from octavo.engine.loader.dummy import init_dummy
 from octavo.engine.models.registry import build_model
@@ -139,6 +140,9 @@ class StoredInHalf:
     def finish(self, layer):
         assert layer.stored.any(), "called before the weight was there"
 
+    def rounding(self, layer):
+        return None
+
     def project(self, x, table):
         return torch.nn.functional.linear(x, table)
 
@@ -160,3 +164,26 @@ def test_a_linear_method_replaces_every_linear_weight(name):
         paged.step([(0, 6), (1, 11)])
         logits.append(torch.stack(paged.logits[1]))
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_layers_are_finished_by_threads(workers):
+    """All of them when loading ends; an error of one ends it."""
+    want = tiny.reference_greedy(tiny.model("llama"), PROMPTS, 4)
+    model = fresh("llama")
+    finished = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, Layer):
+            layer.finish = lambda path=path: finished.append(path)
+    load_weights(model, state("llama").items(), workers=workers)
+    assert greedy(model) == want
+    assert sorted(finished) == sorted(path for path, layer in model.named_modules() if hasattr(layer, "weight"))
+    assert not any(thread.name.startswith("finish-layers") for thread in threading.enumerate())
+
+    def fail():
+        raise MemoryError("no more")
+
+    model = fresh("llama")
+    model.layers[1].mlp.down_proj.finish = fail
+    with pytest.raises(MemoryError, match="no more"):
+        load_weights(model, state("llama").items(), workers=workers)
