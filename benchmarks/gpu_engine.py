@@ -155,7 +155,7 @@ def decode_row(bench: Bench, engine: Engine, what: str, shape: ModelShape, batch
     sizes = SMALL if bench.tiny else FULL
     context = sizes.context if batch > 1 else sizes.context // 8
     profiled_steps = 2 if bench.tiny else 6
-    room = sizes.settling + sizes.window + profiled_steps + 8
+    room = sizes.settling + sizes.window + 2 * profiled_steps + 8
     decoding = Decoding(engine.core, batch, context, room, engine.info.vocab_size)
     first = decoding.steps(1)
     decoding.steps(sizes.settling)
