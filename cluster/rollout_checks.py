@@ -78,7 +78,7 @@ def _check_model(model: ModelConfig, nodes: Sequence[Mapping[str, Any]]) -> list
     if model.engine.is_fake:
         return []
     if not is_path(name):
-        _check_name(name)
+        _check_name(name, shapes=model.engine.load_format == "dummy")
         return []
     faults = _ask(model, nodes)
     if faults and len(faults) == len(nodes):
@@ -86,13 +86,13 @@ def _check_model(model: ModelConfig, nodes: Sequence[Mapping[str, Any]]) -> list
     return [f"On node {node}, {fault.rstrip('.')}: no replica can run there." for node, fault in faults.items()]
 
 
-def _check_name(name: str) -> None:
-    """Raises ConfigError for what is neither a preset nor may be on the hub. Asks no network."""
+def _check_name(name: str, shapes: bool) -> None:
+    """Raises ConfigError for what is neither a preset, a shape (if they count) nor may be on the hub. Asks no network."""
     from octavo.engine.loader.presets import load_presets
     from octavo.engine.loader.source import resolve_model
 
     if name not in load_presets() and "/" not in name:
-        resolve_model(name)  # has the sentence
+        resolve_model(name, shapes=shapes)  # has the sentence
 
 
 def _ask(model: ModelConfig, nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
