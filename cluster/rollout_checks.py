@@ -87,7 +87,7 @@ def _check_model(model: ModelConfig, nodes: Sequence[Mapping[str, Any]]) -> list
 
 
 def _check_name(name: str, shapes: bool) -> None:
-    """Raises ConfigError for what is neither a preset, a shape (if they count) nor may be on the hub. Asks no network."""
+    """Raises ConfigError for what is no preset, no shape (if they count), and cannot be on the hub. Asks no network."""
     from octavo.engine.loader.presets import load_presets
     from octavo.engine.loader.source import resolve_model
 
