@@ -26,7 +26,8 @@ from triton.runtime.jit import JITFunction
 from octavo.kernels import triton as ops
 from octavo.kernels.matrix import Matrix
 from octavo.kernels.ops import AttentionBatch
-from octavo.kernels.sampling import Draws, Masks
+from octavo.kernels.rounded import Rounding
+from octavo.kernels.sampling import Draws, Masks, Penalised, Tallies
 from octavo.kernels.triton import attention, splits, tiles
 from octavo.kernels.triton.grouped_matmul import grouped_linear
 
@@ -125,10 +126,15 @@ def sampling() -> dict[str, Callable[[], object]]:
     logits, ids, ones = torch.zeros(2, 128256), torch.zeros(2, dtype=torch.int64), np.ones(2)
     draws = Draws(np.arange(2), ones, np.full(2, 50), ones * 0.9, ones * 0.1, ones * 0.5)
     masks = Masks(np.arange(2), torch.zeros(2, 4008, dtype=torch.int32))
+    counts, seen, factor = logits.int(), torch.zeros(2, 512, dtype=torch.int64), np.ones(2, np.float32)
+    tallies = Tallies(counts, counts.bool(), seen, ids)
+    penalised = Penalised(np.arange(2), np.arange(2), factor, factor, factor, 512)
     return {
         "draws": lambda: ops.draw(logits, ops.find_peaks(logits), draws),
         "log probabilities": lambda: ops.take_logprobs(logits, ids, 20),
         "masks": lambda: ops.mask_logits(logits, masks),
+        "penalties": lambda: ops.apply_penalties(logits, tallies, penalised),
+        "counts": lambda: ops.count_tokens(tallies, np.arange(2), np.arange(2), ids),
     }
 
 
@@ -145,6 +151,8 @@ def cases(capability: int) -> dict[str, Callable[[], object]]:
         "rotary": lambda: ops.rotary(heads, heads, positions, cos_sin),
         "silu": lambda: ops.silu_and_mul(gates),
         "gelu": lambda: ops.gelu_tanh_and_mul(gates),
+        "added, rounded to int8": lambda: ops.add_rms_norm(x, x, weight, 1e-5, Rounding(torch.int8, WIDTH)),
+        "silu, rounded to int8": lambda: ops.silu_and_mul(gates, Rounding(torch.int8, FFN)),
         "copies": lambda: ops.copy_blocks(caches[0], caches[1], torch.zeros(2, 2, dtype=torch.int64)),
         "write bfloat16": write(BF16),
         "write int8": write(torch.int8),
@@ -161,6 +169,8 @@ def cases(capability: int) -> dict[str, Callable[[], object]]:
         found[f"bfloat16 over int8, head {head_size}"] = attend(BF16, torch.int8, head_size)
     if capability >= 89:  # the first with numbers of e4m3
         found["write float8_e4m3fn"] = write(FP8)
+        found["a width in blocks of float8"] = lambda: ops.add_rms_norm(x, x, weight, 1e-5, Rounding(FP8, 128))
+        found["silu in blocks of float8"] = lambda: ops.silu_and_mul(gates, Rounding(FP8, 128))
         found["bfloat16 over float8_e4m3fn"] = attend(BF16, FP8, 128)
     return found | matmuls(capability) | sampling()
 

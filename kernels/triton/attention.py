@@ -12,7 +12,7 @@ Layout asked for: key and value caches of the same strides, blocks contiguous.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -476,6 +476,7 @@ def _tile(kernel: str, size: int, head: int, group: int, device: torch.device) -
     return found if group <= found.block_m else replace(found, block_m=triton.next_power_of_2(group))
 
 
+@lru_cache(1 << 14)
 def _num_parts(programs: int, longest: int, tile: AttentionTile, device: torch.device) -> int:
     """Parts of each sequence's KV: a power of two, so that few kernels are compiled."""
     wanted = -(-processors(device) * tile.programs // programs)
