@@ -37,6 +37,7 @@ _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1]
 tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny)
 
+LENGTHS = (5, 14, 3, 9, 1, 7, 4, 6)  # of prompts
 GREEDY = {"temperature": 0.0}
 DRAWN = {"temperature": 0.9, "seed": 3}
 FILTERED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 4}
@@ -103,7 +104,7 @@ def recorded(core: EngineCore) -> set[tuple[Kind, bool]]:
     return {(shape.kind, shape.decode) for shape in steps_of(core)._graphs}
 
 
-def answers(core: EngineCore, *ways: dict, length: int = 6, lengths: tuple[int, ...] = (5, 14, 3, 9, 1, 7, 4, 6)) -> dict:
+def answers(core: EngineCore, *ways: dict, length: int = 6, lengths: tuple[int, ...] = LENGTHS) -> dict:
     found: dict[tuple[str, int], list[object]] = {}
     for i, (prompt, params) in enumerate(zip(tiny.prompts(lengths[: len(ways)]), ways, strict=True)):
         core.add(Request(str(i), tuple(prompt), SamplingParams(max_tokens=length, ignore_eos=True, **params)))
