@@ -5,7 +5,9 @@ Knows names, types and places. The same layout is written on the host (numpy) an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -52,8 +54,19 @@ def _sizes(tokens: int, rows: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return (*per_token, *per_row, numbers, *narrow)
 
 
+@cache
+def _places(tokens: int, rows: int) -> tuple[tuple[str, tuple[int, ...], slice], ...]:
+    """(type, shape, where in the memory) of each field, in their order."""
+    places, at = [], 0
+    for kind, shape in _sizes(tokens, rows):
+        end = at + math.prod(shape) * np.dtype(_NUMPY[kind]).itemsize
+        places.append((kind, shape, slice(at, end)))
+        at = end
+    return tuple(places)
+
+
 def packed_bytes(tokens: int, rows: int) -> int:
-    return sum(int(np.prod(shape)) * np.dtype(_NUMPY[kind]).itemsize for kind, shape in _sizes(tokens, rows))
+    return int(_places(tokens, rows)[-1][2].stop)
 
 
 def pack_into(memory: npt.NDArray[np.uint8], tokens: int, rows: int) -> PackedInputs[npt.NDArray[Any]]:
@@ -67,9 +80,6 @@ def unpack(memory: torch.Tensor, tokens: int, rows: int) -> PackedInputs[torch.T
 
 
 def _views(memory: Any, tokens: int, rows: int, types: dict[str, Any]) -> PackedInputs[Any]:
-    views, at = {}, 0
-    for field, (kind, shape) in zip(fields(PackedInputs), _sizes(tokens, rows), strict=True):
-        size = int(np.prod(shape)) * np.dtype(_NUMPY[kind]).itemsize
-        views[field.name] = memory[at : at + size].view(types[kind]).reshape(shape)
-        at += size
-    return PackedInputs(**views)
+    return PackedInputs(
+        *(memory[where].view(types[kind]).reshape(shape) for kind, shape, where in _places(tokens, rows))
+    )

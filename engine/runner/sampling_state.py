@@ -165,7 +165,9 @@ class SamplingState:
     def edits(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """[R]: masks, bias or penalties may change the row's logits in this step."""
         kept = (self.allowed, self.bad_words, self.bias, self.penalties)
-        found = np.array([any(slot in each for each in kept) for slot in rows.slots.tolist()], np.bool_)
+        found = np.zeros(len(rows.slots), np.bool_)
+        if any(kept):
+            found[:] = [any(slot in each for each in kept) for slot in rows.slots.tolist()]
         if self.stops:
             found |= np.array([slot in self.stops for slot in rows.slots.tolist()]) & self.below_min_tokens(rows)
         return found
