@@ -63,13 +63,13 @@ def burst(core: EngineCore, rng: random.Random, name: str, requests: int = 12, w
 
 
 def held() -> tuple[int, int, Counter[str]]:
-    """(tensors, bytes of their memories, objects by type) of this process."""
+    """(tensors, bytes of their memories, octavo's objects by type) of this process."""
     gc.collect()
     objects = gc.get_objects()
     tensors = [x for x in objects if isinstance(x, torch.Tensor)]
     memories = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    # A tensor of any test that ran before gets a storage object by being asked for it here.
-    counted = Counter(type(x).__name__ for x in objects if not isinstance(x, torch.UntypedStorage))
+    # Libraries may do theirs meanwhile: what another test has imported, or left to be collected.
+    counted = Counter(type(x).__name__ for x in objects if str(type(x).__module__).startswith("octavo."))
     return len(tensors), sum(memories.values()), counted
 
 
@@ -98,4 +98,4 @@ def test_nothing_is_left_behind(where: str, tmp_path: Path, monkeypatch: pytest.
         core.close()
     assert late[:2] == early[:2], "tensors, bytes"
     grown = {name: count - early[2][name] for name, count in late[2].items()}
-    assert {name: more for name, more in grown.items() if more > 150} == {}, "a request leaves something behind"
+    assert {name: more for name, more in grown.items() if more > 20} == {}, "a request leaves something behind"
