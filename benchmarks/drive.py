@@ -91,7 +91,7 @@ class _TimedRunner:
         self._runner = runner
         self._watch = _Stopwatch()
         runner.forward = self._watch.around(runner.forward)
-        runner.model.logits = self._watch.around(runner.model.logits)
+        runner.model.local_logits = self._watch.around(runner.model.local_logits)
         self.model_s: dict[int, float] = {}
 
     def execute(self, plan: StepPlan, masks: MaskSource) -> Pending:
