@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LAST_STEPS_S = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class RankSpec:
@@ -178,10 +180,11 @@ class _Waiter:
         self._begun.put(pending)
 
     def close(self) -> None:
-        """Steps that are under way are waited for."""
+        """Steps that are under way are waited for, but not for long: a device that hangs must not keep this thread from
+        saying why it ends."""
         if self._thread is not None:
             self._begun.put(None)
-            self._thread.join()
+            self._thread.join(LAST_STEPS_S)
 
     def _run(self) -> None:
         while (pending := self._begun.get()) is not None:
