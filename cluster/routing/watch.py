@@ -66,7 +66,7 @@ class Watch:
 
     async def close(self) -> None:
         """Ask no replica any more. To be called before an ingress ends: a call of a process that dies meanwhile holds
-        up those of all others at that replica, for up to 2 s (Ray 2.60).
+        up those of others at that replica, for up to 2 s (Ray 2.60).
         """
         self._is_closed = True
         tasks = [self._upkeep, *self._subscribing.values()]
