@@ -130,7 +130,8 @@ class Part:
             return model(inputs.x, inputs.positions, pool.caches, inputs.attention)
 
         there = DeviceBuffers(*sizes, device)
-        replay = WholeSteps(model, pool.caches, ops, there, hidden)
+        recording = ops if context.mesh.tp.recordable else replace(ops, record=None)
+        replay = WholeSteps(model, pool.caches, recording, there, hidden)
         return Runner(model, pool, ops, there, sampling, device, stage, forward, pooler, replay)
 
     def close(self) -> None:

@@ -124,6 +124,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
     for name in ("all_reduce", "all_gather"):
         patch.setattr(Group, name, collective(name))
+    patch.setattr(Group, "recordable", True)
     patch.setattr(GridExecutor, "__call__", noted)
     for name in HOST_NUMBERS:
         patch.setattr(torch, name, refusing(name))
