@@ -7,6 +7,7 @@ which every row decodes; prompts, compiling and captures of graphs lie before it
 from __future__ import annotations
 
 import gc
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator
@@ -48,12 +49,12 @@ SMALL = Sizes(2, 40, 48, 2, 1)
 @dataclass(frozen=True, slots=True)
 class Window:
     """Of some steps of a batch. seconds: by the host's clock. gap_s: that the device stood still meanwhile, as the
-    engine counts it; None = it does not."""
+    engine counts it."""
 
     steps: int
     tokens: int
     seconds: float
-    gap_s: float | None
+    gap_s: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -77,8 +78,7 @@ class Decoding:
         for _ in range(count):
             tokens += sum(len(delta.token_ids) for delta in self._core.step())
         seconds, after = time.perf_counter() - begin, self._core.stats()
-        gap = getattr(after, "gap_s", None)
-        return Window(count, tokens, seconds, None if gap is None else gap - before.gap_s)
+        return Window(count, tokens, seconds, after.gap_s - before.gap_s)
 
     def close(self) -> None:
         for request_id in self._ids:
@@ -89,15 +89,10 @@ class Decoding:
 
 def _submit(core: EngineCore, batch: int, prompt: int, tokens: int, vocab: int) -> list[str]:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    ids = []
-    for _ in range(batch):
-        _submit.count += 1  # type: ignore[attr-defined]
-        ids.append(f"request-{_submit.count}")  # type: ignore[attr-defined]
-        core.add(Request(ids[-1], tuple(torch.randint(3, vocab, (prompt,)).tolist()), params))
+    ids = [f"request-{secrets.token_hex(4)}" for _ in range(batch)]
+    for request_id in ids:
+        core.add(Request(request_id, tuple(torch.randint(3, vocab, (prompt,)).tolist()), params))
     return ids
-
-
-_submit.count = 0  # type: ignore[attr-defined]
 
 
 def whole_run(core: EngineCore, batch: int, prompt: int, tokens: int, vocab: int) -> float:
@@ -169,12 +164,8 @@ def decode_row(bench: Bench, engine: Engine, what: str, shape: ModelShape, batch
     sized = f"n={batch}, context {mean_context:.0f}"
     bench.row(Row(what, sized, window.tokens_per_s, "tokens/s", floor, of, share, goal, note=note), why)
     if batch > 1:
-        gap = None if window.gap_s is None else window.gap_s / window.seconds
-        note = "" if gap is not None else "this engine does not count it"
-        measured = None if gap is None else 1e3 * window.gap_s / window.steps
-        step = 1e3 * window.seconds / window.steps
-        row = Row("host gap between steps", sized, measured, "ms", step, "the step", gap, 0.03, True, note)
-        bench.row(row, why)
+        gap, step = (1e3 * seconds / window.steps for seconds in (window.gap_s, window.seconds))
+        bench.row(Row("host gap between steps", sized, gap, "ms", step, "the step", gap / step, 0.03, True), why)
     decoding.close()
     return window
 
