@@ -1,4 +1,4 @@
-"""What a runner asks of a device besides ops: numbers brought to it without a wait, and the times of its steps.
+"""What a runner asks of a device besides ops: whether it is the host, and the times of its steps.
 
 Work is queued on the device in order, so nothing here waits but `Timed.read`. A CPU does what it is asked at once.
 """
@@ -7,23 +7,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy.typing as npt
 import torch
-
-
-def send(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on the device. On CUDA the copy is queued from pinned memory, which torch keeps until it is done; on a
-    CPU the tensor is the array."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def send_into(out: torch.Tensor, array: npt.NDArray[Any]) -> None:
-    """Copy the array into `out`, of the same shape and dtype, as `send` does."""
-    tensor = torch.from_numpy(array)
-    out.copy_(tensor.pin_memory() if out.device.type == "cuda" else tensor, non_blocking=True)
 
 
 class Timed(Protocol):

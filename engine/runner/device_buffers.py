@@ -11,8 +11,8 @@ import torch
 
 from octavo.engine.core.plan import StepPlan
 from octavo.engine.runner.buffers import Ints, RowArrays, StepInputs
-from octavo.engine.runner.device import send, send_into
 from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.send import send, send_into
 
 NO_EDITS = np.zeros((2, 0), np.int64)
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from octavo.engine.core.plan import TokenMasks
-from octavo.engine.runner.device import send
 from octavo.engine.runner.sampling_state import Ints
 from octavo.kernels.sampling import Masks
+from octavo.kernels.send import send
 
 
 def to_masks(masks: TokenMasks, places: Ints, device: torch.device) -> Masks | None:

@@ -20,7 +20,7 @@ from octavo.engine.layers.kv import KVSpec
 from octavo.engine.parallel.mesh import Group
 from octavo.engine.pooling.worker import Pooler
 from octavo.engine.runner.buffers import Buffers, RowArrays, StepInputs
-from octavo.engine.runner.device import Clock, HostClock, make_clock, send
+from octavo.engine.runner.device import Clock, HostClock, make_clock
 from octavo.engine.runner.device_buffers import DeviceBuffers
 from octavo.engine.runner.in_flight import HostCopies, InFlight
 from octavo.engine.runner.kv_pool import KVPool
@@ -34,6 +34,7 @@ from octavo.engine.runner.whole_steps import Kind, WholeSteps
 from octavo.engine.types import TokenLogprobs
 from octavo.kernels.ops import AttentionBatch, Ops
 from octavo.kernels.sampling import Draws
+from octavo.kernels.send import send
 
 Finish = Callable[[], tuple[RowResult, ...]]  # waits for what a step's results need, and makes them
 

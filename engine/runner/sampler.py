@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from octavo.engine.core.plan import RowResult
-from octavo.engine.runner.device import send
 from octavo.engine.runner.in_flight import HostCopies
 from octavo.engine.runner.logprobs import to_token_logprobs
 from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.engine.types import TokenLogprobs
 from octavo.kernels.ops import Ops
 from octavo.kernels.sampling import Logprobs, Masks, Peaks
+from octavo.kernels.send import send
 
 _NOT_FINITE = "The model's logits are not finite numbers."
 _MASKS = "structured_outputs, allowed_token_ids, bad_words, min_tokens"

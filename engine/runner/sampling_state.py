@@ -20,11 +20,11 @@ import torch
 
 from octavo.engine.core.plan import NewSequence
 from octavo.engine.params import SamplingParams
-from octavo.engine.runner.device import send
 from octavo.engine.runner.philox import Ahead
 from octavo.kernels import ref
 from octavo.kernels.ops import ApplyPenalties, CountTokens
 from octavo.kernels.sampling import Draws, Penalised, Tallies
+from octavo.kernels.send import send
 
 Ints = npt.NDArray[np.int64]
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from octavo.engine.parallel.mesh import Group
-from octavo.engine.runner.device import send
 from octavo.engine.runner.sampling_state import NO_LOGPROBS, Ints, Rows, SamplingState
 from octavo.kernels.ops import Ops
 from octavo.kernels.sampling import BLOCK
+from octavo.kernels.send import send
 
 NO_ROWS = np.zeros(0, np.int64)
 

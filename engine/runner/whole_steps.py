@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from octavo.engine.runner.buffers import RowArrays
-from octavo.engine.runner.device import send_into
 from octavo.engine.runner.device_buffers import DeviceBuffers
 from octavo.engine.runner.packed_inputs import pack_into, packed_bytes, unpack
 from octavo.kernels.ops import AttentionBatch, Graph, NotRecordable, Ops
 from octavo.kernels.sampling import Draws
+from octavo.kernels.send import send_into
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling import BLOCK, Draws, Peaks
+from octavo.kernels.send import send
 from octavo.kernels.triton.block_sums import gaps_of, sum_blocks, weights_of
 from octavo.kernels.triton.peaks import check_logits
-from octavo.kernels.triton.upload import upload
 
 PIECE = 512  # logits that a search looks at together
 BLOCKS = 16  # that are collected together
@@ -219,7 +219,7 @@ def _find(masses, target, COUNT: tl.constexpr):
 
 def draw(logits: torch.Tensor, peaks: Peaks, draws: Draws) -> torch.Tensor:
     check_logits(logits)
-    return draw_rows(logits, peaks, upload(draws.numbers(), logits.device), draws.filtered(logits.shape[1]))
+    return draw_rows(logits, peaks, send(draws.numbers(), logits.device), draws.filtered(logits.shape[1]))
 
 
 def draw_rows(logits: torch.Tensor, peaks: Peaks, numbers: torch.Tensor, filtered: bool) -> torch.Tensor:

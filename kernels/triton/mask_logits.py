@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling import Masks
+from octavo.kernels.send import send
 from octavo.kernels.triton.peaks import check_logits
-from octavo.kernels.triton.upload import upload
 
 WORDS = 128  # of 32 tokens, a program's
 WARPS = 4
@@ -37,7 +37,7 @@ def _mask_logits(
 def mask_logits(logits: torch.Tensor, masks: Masks) -> None:
     check_logits(logits)
     if len(masks.rows):
-        mask_rows(logits, upload(masks.rows, logits.device), masks.bits)
+        mask_rows(logits, send(masks.rows, logits.device), masks.bits)
 
 
 def mask_rows(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:

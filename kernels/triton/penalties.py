@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling import Ints, Penalised, Tallies
+from octavo.kernels.send import send
 from octavo.kernels.triton.peaks import check_logits
-from octavo.kernels.triton.upload import upload
 
 TILE = 256  # tokens of a list that a program penalises
 WARPS = 4
@@ -79,7 +79,7 @@ def _count_tokens(
 
 def apply_penalties(logits: torch.Tensor, tallies: Tallies, penalised: Penalised) -> None:
     if penalised.longest:
-        penalise_rows(logits, tallies, upload(penalised.numbers(), logits.device), penalised.longest)
+        penalise_rows(logits, tallies, send(penalised.numbers(), logits.device), penalised.longest)
 
 
 def penalise_rows(logits: torch.Tensor, tallies: Tallies, numbers: torch.Tensor, longest: int) -> None:
@@ -105,7 +105,7 @@ def penalise_rows(logits: torch.Tensor, tallies: Tallies, numbers: torch.Tensor,
 
 
 def count_tokens(tallies: Tallies, places: Ints, rows: Ints, token_ids: torch.Tensor) -> None:
-    count_rows(tallies, upload(np.stack([rows, places]).astype(np.float64), token_ids.device), token_ids)
+    count_rows(tallies, send(np.stack([rows, places]).astype(np.float64), token_ids.device), token_ids)
 
 
 def count_rows(tallies: Tallies, numbers: torch.Tensor, token_ids: torch.Tensor) -> None:
